@@ -1,0 +1,254 @@
+"""The attention call: objects to op arguments, and every check on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from . import _check, config
+from ._call import Call, OpBias
+from ._rope import Rope
+from .bias import FORMS, Bias
+from .mask import Mask, causal
+from .ops import aux_dtype
+
+Tensor = torch.Tensor
+
+_WHERE = "fastpe.attention"
+_LAYOUTS = {"half": 0, "interleaved": 1}
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    rope: Rope | None = None,
+    bias: Bias | None = None,
+    mask: Mask | None = None,
+    region: None = None,
+    positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    scale: float | None = None,
+    head_scale: Tensor | float | None = None,
+    row_scale: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: Tensor | float | None = None,
+    sink: Tensor | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention with position inside the tile: linear memory, forward and backward.
+
+    With I = i + Nk - Nq the index of query row i among the keys (causal is bottom-right aligned), the score is formed in
+    this order:
+
+        x = scale * head_scale * row_scale * <rotate(q_i), rotate(k_j)>
+        x = softcap * tanh(x / softcap)                if softcap
+        s = (x + bias_ij) / temperature
+        s = -inf where not visible
+        out_i = sum_j softmax_j(s) v_j                 sink: one more logit in the denominator, divided by nothing
+
+    A row that sees no key gives out 0, lse -inf (the sink, if there is one) and no gradient.
+
+    Args:
+        query: (B, H, Nq, D) float32, bfloat16, float16 or float64; D from 8 to 256 in steps of 8. Any strides with a
+            contiguous last dimension, so (B, N, H, D) storage seen through transpose(1, 2) costs no copy.
+        key: (B, Hk, Nk, D), H a multiple of Hk; query head h reads key head h // (H // Hk).
+        value: (B, Hk, Nk, Dv), Dv from 8 to 256 in steps of 8.
+        rope: rotary embedding of query and key (`fastpe.rope`).
+        bias: additive bias (`fastpe.bias`), not scaled by `scale`.
+        mask: visibility (`fastpe.mask`).
+        region: must be None.
+        positions: positions for `rope`: of the queries, and of the keys too when key_positions is absent and Nq = Nk.
+            (N,) or (B, N); see `Rope.tables`. Default: queries are the last Nq of positions 0..Nk-1. Biases carry their own.
+        key_positions: positions of the keys.
+        scale: default 1 / sqrt(D).
+        head_scale: a number, or (H,) or (B, H) float. Differentiable.
+        row_scale: (Nq,) or (B | 1, H | 1, Nq) float. Differentiable.
+        softcap: C > 0.
+        temperature: a positive number, or (H,) float, dividing scores and bias. Differentiable. A tensor does not go with softcap.
+        sink: (H,) float, one logit per head. Differentiable.
+        is_causal: the same as mask & fastpe.mask.causal().
+        return_lse: also return the natural-log sum of exponentials.
+
+    Returns:
+        out: (B, H, Nq, Dv), query's dtype and memory order.
+        lse: (B, H, Nq) float32 (float64 for float64), differentiable.
+
+    Under autocast query, key and value are cast to its dtype as in scaled_dot_product_attention; parameters stay float32.
+
+    Raises:
+        TypeError, ValueError: named after the argument, with what was expected and what came.
+        NotImplementedError: two things that do not go together.
+
+    >>> import torch, fastpe
+    >>> q, k, v = (torch.randn(1, 4, 10, 16) for _ in range(3))
+    >>> out = fastpe.attention(q, k, v, bias=fastpe.bias.Alibi(4), is_causal=True)
+    >>> out, lse = fastpe.attention(q, k, v, mask=fastpe.mask.window(4, right=1), softcap=30.0, return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 4, 10, 16]), torch.Size([1, 4, 10]))
+    """
+    _check_kinds(rope, bias, mask, region, is_causal, return_lse)
+    query, key, value = _autocast(query, key, value)
+    B, H, Nq, D, Nk = _check_qkv(query, key, value)
+
+    scale = D**-0.5 if scale is None else _check.number(_WHERE, "scale", scale)
+    softcap = 0.0 if softcap is None else _check.number(_WHERE, "softcap", softcap, positive=True)
+
+    if is_causal:
+        mask = causal() if mask is None else mask & causal()
+    causal_only = mask is not None and mask.is_causal
+    call = Call(B, H, Nq, Nk, causal_only, aux_dtype(query.dtype), query.device)
+
+    q_rope, k_rope, layout = _rotation(call, rope, positions, key_positions, D, key.shape[1])
+    b = OpBias() if bias is None else bias.op_args(call)
+    seen = Mask().op_args(call) if mask is None else mask.op_args(call)
+    rho, scale = _row_scale(call, head_scale, row_scale, scale)
+    softcap_mul = softcap
+    if temperature is not None:
+        b, rho, scale, softcap_mul = _divide_by_temperature(call, temperature, b, rho, scale, softcap)
+    if sink is not None:
+        sink = _sink(call, sink)
+
+    out, lse = torch.ops.fastpe.attn_fwd(
+        query, key, value, q_rope, k_rope, layout,
+        b.form, b.params, b.gamma, b.u, b.w, b.base, b.table,
+        seen.left, seen.right, seen.sinks, seen.q_ids, seen.k_ids, seen.mask,
+        rho, sink, scale, softcap, softcap_mul, config.skip_bound_for(query.dtype),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check_kinds(rope, bias, mask, region, is_causal, return_lse) -> None:
+    if region is not None:
+        raise NotImplementedError(f"{_WHERE}: region is not supported, got {type(region).__name__}")
+    for what, x, kind, how in (
+        ("rope", rope, Rope, "a fastpe.rope object"),
+        ("bias", bias, Bias, "a fastpe.bias object"),
+        ("mask", mask, Mask, "a fastpe.mask object (fastpe.mask.dense wraps a bool tensor)"),
+        ("is_causal", is_causal, bool, "a bool"),
+        ("return_lse", return_lse, bool, "a bool"),
+    ):
+        if x is not None and not isinstance(x, kind):
+            raise TypeError(f"{_WHERE}: {what} must be {how}, got {type(x).__name__}")
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    for what, x in (("query", query), ("key", key), ("value", value)):
+        _check.is_float(_WHERE, what, x)
+    device = query.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+
+
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
+    for what, x in (("query", query), ("key", key), ("value", value)):
+        if x.layout != torch.strided or x.is_nested:
+            raise TypeError(f"{_WHERE}: {what} must be a dense strided tensor")
+        if x.dim() != 4:
+            raise ValueError(f"{_WHERE}: {what} must have 4 dimensions (batch, heads, tokens, channels), got {_check.shape(x)}")
+    for what, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{_WHERE}: {what} is {_check.name(x.dtype)}, query is {_check.name(query.dtype)}")
+        _check.on_device(_WHERE, what, x, query.device)
+    B, H, Nq, D = query.shape
+    _, Hk, Nk, Dv = value.shape
+    for what, x in (("key", key), ("value", value)):
+        if x.shape[0] != B:
+            raise ValueError(f"{_WHERE}: {what} has batch size {x.shape[0]}, query has {B}")
+    if H < 1:
+        raise ValueError(f"{_WHERE}: query has no heads")
+    if key.shape[1] != Hk:
+        raise ValueError(f"{_WHERE}: value has {Hk} heads, key has {key.shape[1]}")
+    if Hk < 1 or H % Hk:
+        raise ValueError(f"{_WHERE}: key has {Hk} heads, which does not divide query's {H}")
+    if key.shape[2] != Nk:
+        raise ValueError(f"{_WHERE}: value has {Nk} tokens, key has {key.shape[2]}")
+    if key.shape[3] != D:
+        raise ValueError(f"{_WHERE}: key has {key.shape[3]} channels, query has {D}")
+    for what, channels in (("query", D), ("value", Dv)):
+        if not 8 <= channels <= 256 or channels % 8:
+            raise ValueError(f"{_WHERE}: {what} must have 8 to 256 channels in steps of 8, got {channels}")
+    for what, x in (("query", query), ("key", key), ("value", value)):
+        if x.stride(3) != 1:
+            raise ValueError(
+                f"{_WHERE}: {what}'s last dimension must be contiguous, its stride is {x.stride(3)}; pass {what}.contiguous()"
+            )
+    return B, H, Nq, D, Nk
+
+
+def _rotation(call: Call, rope: Rope | None, positions, key_positions, D: int, Hk: int):
+    """q table, k table, layout id."""
+    if rope is None:
+        for what, x in (("positions", positions), ("key_positions", key_positions)):
+            if x is not None:
+                raise ValueError(f"{_WHERE}: {what} are for rope, which is None; a bias takes its own positions")
+        return None, None, 0
+    if rope.rotary_dim > D:
+        raise ValueError(f"{_WHERE}: rope turns {rope.rotary_dim} channels, query has {D}")
+    tables = rope.tables(
+        positions, key_positions, call.Nq, call.Nk, call.B, call.H, Hk, out_dtype=call.dtype, device=call.device
+    )
+    return *tables, _LAYOUTS[rope.layout]
+
+
+def _row_scale(call: Call, head_scale, row_scale, scale: float) -> tuple[Tensor | None, float]:
+    """head_scale * row_scale as one (B|1, H|1, Nq|1) tensor, or None; a plain number joins `scale`."""
+    rho = None
+    if isinstance(head_scale, Tensor):
+        _check.is_float(_WHERE, "head_scale", head_scale)
+        if head_scale.dim() not in (1, 2):
+            raise ValueError(f"{_WHERE}: head_scale must be a number, (H,) or (B, H), got {_check.shape(head_scale)}")
+        head_scale = head_scale if head_scale.dim() == 2 else head_scale[None]
+        call.fits(_WHERE, "head_scale", head_scale.shape, ("batch entries", call.B), ("heads", call.H))
+        rho = call.aux(_WHERE, "head_scale", head_scale)[..., None]
+    elif head_scale is not None:
+        scale *= _check.number(_WHERE, "head_scale", head_scale)
+    if row_scale is not None:
+        _check.is_float(_WHERE, "row_scale", row_scale)
+        if row_scale.dim() not in (1, 3):
+            raise ValueError(f"{_WHERE}: row_scale must be (Nq,) or (B, H, Nq), got {_check.shape(row_scale)}")
+        row_scale = row_scale if row_scale.dim() == 3 else row_scale[None, None]
+        axes = ("batch entries", call.B), ("heads", call.H), ("queries", call.Nq)
+        call.fits(_WHERE, "row_scale", row_scale.shape, *axes)
+        row_scale = call.aux(_WHERE, "row_scale", row_scale)
+        rho = row_scale if rho is None else rho * row_scale
+    return (None if rho is None else rho.contiguous()), scale
+
+
+def _divide_by_temperature(call: Call, temperature, b: OpBias, rho, scale: float, softcap: float):
+    """Folds 1 / temperature into what multiplies the scores and into the bias."""
+    softcap_mul = softcap
+    if isinstance(temperature, Tensor):
+        _check.is_float(_WHERE, "temperature", temperature)
+        if temperature.dim() > 1:
+            raise ValueError(f"{_WHERE}: temperature must be a number or (H,), got {_check.shape(temperature)}")
+        if softcap:
+            raise NotImplementedError(f"{_WHERE}: a temperature tensor does not go with softcap; use a number")
+        inverse = temperature.reshape(-1)
+        call.fits(_WHERE, "temperature", inverse.shape, ("heads", call.H))
+        inverse = 1 / call.aux(_WHERE, "temperature", inverse)[None, :, None]
+        rho = inverse if rho is None else rho * inverse
+    else:
+        inverse = 1 / _check.number(_WHERE, "temperature", temperature, positive=True)
+        if softcap:
+            softcap_mul *= inverse
+        else:
+            scale *= inverse
+    if b.table is not None:
+        b = dataclasses.replace(b, table=b.table * (inverse[0] if isinstance(inverse, Tensor) else inverse))
+    elif b.form != FORMS["none"]:
+        one = torch.ones(1, 1, 1, dtype=call.dtype, device=call.device) if b.gamma is None else b.gamma
+        b = dataclasses.replace(b, gamma=one * inverse)
+    return b, rho, scale, softcap_mul
+
+
+def _sink(call: Call, sink: Tensor) -> Tensor:
+    _check.is_float(_WHERE, "sink", sink)
+    if sink.dim() != 1 or sink.shape[0] != call.H:
+        raise ValueError(f"{_WHERE}: sink must be (H,) with H = {call.H}, got {_check.shape(sink)}")
+    return call.aux(_WHERE, "sink", sink).contiguous()

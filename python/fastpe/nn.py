@@ -1,0 +1,311 @@
+"""Modules that own the parameters of position biases and initialise them as their papers do.
+
+Each is called inside a model's forward and returns an object for `fastpe.attention`. Modules that look at the text take
+the hidden states x (B, N, d_model) that the attention layer itself projects. Per-token biases are computed in float32
+even under autocast: their sums over thousands of tokens do not survive half precision.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from . import _check, bias
+from ._nn_rope import RotaryEmbedding
+from .bias import alibi_slopes
+from .prefix import Prefix, prefix_sum
+
+Tensor = torch.Tensor
+
+__all__ = [
+    "AlibiBias",
+    "CableBias",
+    "ForgetBias",
+    "KerpleBias",
+    "RotaryEmbedding",
+    "SandwichBias",
+    "T5Bias",
+]
+
+
+def _heads(where: str, heads: int) -> int:
+    return _check.count(where, "heads", heads, 1)
+
+
+class AlibiBias(torch.nn.Module):
+    """ALiBi (arXiv 2108.12409) with the paper's slopes.
+
+    Args:
+        heads: number of query heads.
+        max_bias: see `fastpe.bias.alibi_slopes`.
+        learnable: slopes are a parameter; else a buffer.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 4, 6, 8)
+    >>> m = fastpe.nn.AlibiBias(4)
+    >>> fastpe.attention(q, q, q, bias=m(), is_causal=True).shape
+    torch.Size([1, 4, 6, 8])
+    """
+
+    def __init__(self, heads: int, *, max_bias: float = 8.0, learnable: bool = False):
+        super().__init__()
+        slopes = alibi_slopes(_heads("fastpe.nn.AlibiBias", heads), max_bias)
+        if learnable:
+            self.slopes = torch.nn.Parameter(slopes)
+        else:
+            self.register_buffer("slopes", slopes, persistent=False)
+
+    def forward(self, x: Tensor | None = None, *, positions: Tensor | None = None) -> bias.Alibi:
+        """The bias; x is not looked at. positions: as in `fastpe.bias.Alibi`."""
+        return bias.Alibi(self.slopes, positions=positions)
+
+
+class KerpleBias(torch.nn.Module):
+    """KERPLE (arXiv 2205.09921): p ~ U[0, 2), a ~ U[0, 1), one pair per head, shared by the layers of a model.
+
+    As in the paper's code every forward clamps the parameters in place to at least 0.01 (and p to at most 2 for the power
+    kernel), outside autograd: the gradient is that at the clamped value.
+
+    Args:
+        heads: number of query heads.
+        kind: "log" or "power".
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 4, 6, 8)
+    >>> m = fastpe.nn.KerpleBias(4)
+    >>> fastpe.attention(q, q, q, bias=m(), is_causal=True).sum().backward()
+    >>> m.p.grad.shape, m.a.grad.shape
+    (torch.Size([4]), torch.Size([4]))
+    """
+
+    least = 0.01
+
+    def __init__(self, heads: int, *, kind: str = "log"):
+        super().__init__()
+        where = "fastpe.nn.KerpleBias"
+        _heads(where, heads)
+        if kind not in ("log", "power"):
+            raise ValueError(f"{where}: kind must be 'log' or 'power', got {kind!r}")
+        self.kind = kind
+        self.p = torch.nn.Parameter(torch.empty(heads))
+        self.a = torch.nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.uniform_(self.p, 0.0, 2.0)
+        torch.nn.init.uniform_(self.a, 0.0, 1.0)
+
+    def forward(self, x: Tensor | None = None) -> bias.Kerple:
+        """The bias; x is not looked at."""
+        with torch.no_grad():
+            self.p.clamp_(min=self.least, max=2.0 if self.kind == "power" else None)
+            self.a.clamp_(min=self.least)
+        return bias.Kerple(self.p, self.a, self.kind)
+
+
+class T5Bias(torch.nn.Module):
+    """T5's learned buckets (arXiv 1910.10683), one table shared by the layers of a model.
+
+    T5 draws the table from N(0, d_model^-0.5) and calls attention with scale=1.
+
+    Args:
+        heads: number of query heads.
+        num_buckets, max_distance: 32 and 128 in T5.
+        bidirectional: True for encoders, False for decoders.
+        std: of the initial table; T5 takes d_model ** -0.5.
+        factor: multiplies the table; sqrt(D) in GPT-NeoX.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 4, 6, 8)
+    >>> m = fastpe.nn.T5Bias(4, bidirectional=False)
+    >>> fastpe.attention(q, q, q, bias=m(), scale=1.0, is_causal=True).shape
+    torch.Size([1, 4, 6, 8])
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        *,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+        std: float = 0.02,
+        factor: float = 1.0,
+    ):
+        super().__init__()
+        self.bidirectional, self.max_distance, self.factor = bidirectional, max_distance, factor
+        self.std = _check.number("fastpe.nn.T5Bias", "std", std, positive=True)
+        self.table = torch.nn.Parameter(torch.empty(num_buckets, _heads("fastpe.nn.T5Bias", heads)))
+        self.reset_parameters()
+        self()  # refuses bad bucket numbers now rather than at the first forward
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.normal_(self.table, 0.0, self.std)
+
+    def forward(self, x: Tensor | None = None) -> bias.T5:
+        """The bias; x is not looked at."""
+        return bias.T5(self.table, self.bidirectional, self.max_distance, self.factor)
+
+
+class SandwichBias(torch.nn.Module):
+    """Sandwich (arXiv 2212.10356) with the published per-head factors; nothing is learned.
+
+    Args:
+        heads: number of query heads.
+        dim: 128 in the paper.
+
+    >>> import fastpe
+    >>> fastpe.nn.SandwichBias(8)()
+    Sandwich(factors=tensor(8,), dim=128)
+    """
+
+    def __init__(self, heads: int, *, dim: int = 128):
+        super().__init__()
+        self.dim = dim
+        _heads("fastpe.nn.SandwichBias", heads)
+        self.register_buffer("factors", heads / (8 * torch.arange(1, heads + 1, dtype=torch.float64)), persistent=False)
+
+    def forward(self, x: Tensor | None = None) -> bias.Sandwich:
+        """The bias; x is not looked at."""
+        return bias.Sandwich(self.factors, self.dim)
+
+
+def _project(x: Tensor, layer: torch.nn.Linear) -> Tensor:
+    """layer(x) in float32 (float64 stays) with autocast off, (B, N, d) -> (B, H, N)."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(wide), layer.weight.to(wide), layer.bias.to(wide)).transpose(1, 2)
+
+
+def _check_hidden(where: str, x: Tensor, d_model: int) -> None:
+    _check.is_float(where, "x", x)
+    if x.dim() != 3 or x.shape[2] != d_model:
+        raise ValueError(f"{where}: x must be (B, N, {d_model}), got {_check.shape(x)}")
+
+
+class CableBias(torch.nn.Module):
+    """Cable, context-aware biases (arXiv 2503.08067).
+
+    v3 (the published version): increments -relu(h), weight g = softplus(h'), b = g_i (c_i - c_j).
+    v1 (the first code): increments -softplus(h), b = c_i - c_j; that code used attention scale 1.
+    h and h' are linear in x, weights N(0, 0.02), bias 0, one projection per layer.
+
+    Args:
+        d_model: width of x.
+        heads: number of query heads.
+        version: "v3" or "v1".
+        bidirectional: b = -g_i |c_i - c_j|, for encoders (v3).
+
+    >>> import torch, fastpe
+    >>> x, q = torch.randn(1, 6, 32), torch.randn(1, 4, 6, 8)
+    >>> m = fastpe.nn.CableBias(32, 4)
+    >>> fastpe.attention(q, q, q, bias=m(x), is_causal=True).shape
+    torch.Size([1, 4, 6, 8])
+    """
+
+    def __init__(self, d_model: int, heads: int, *, version: str = "v3", bidirectional: bool = False):
+        super().__init__()
+        where = "fastpe.nn.CableBias"
+        if version not in ("v1", "v3"):
+            raise ValueError(f"{where}: version must be 'v1' or 'v3', got {version!r}")
+        if version == "v1" and bidirectional:
+            raise NotImplementedError(f"{where}: version 'v1' does not go with bidirectional; use 'v3'")
+        self.d_model = _check.count(where, "d_model", d_model, 1)
+        self.version, self.bidirectional = version, bidirectional
+        self.increment = torch.nn.Linear(d_model, _heads(where, heads))
+        self.weight = torch.nn.Linear(d_model, heads) if version == "v3" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.increment, self.weight):
+            if layer is not None:
+                torch.nn.init.normal_(layer.weight, 0.0, 0.02)
+                torch.nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, past: Prefix | None = None) -> bias.Cable:
+        """The bias for hidden states x (B, N, d_model).
+
+        Args:
+            x: (B, N, d_model); with `past`, of the new tokens only.
+            past: the prefix of the tokens in the cache (`bias.prefix` of the step before); decoding, no gradient.
+        """
+        where = "fastpe.nn.CableBias"
+        _check_hidden(where, x, self.d_model)
+        h = _project(x, self.increment)
+        terms = -F.softplus(h) if self.version == "v1" else -torch.relu(h)
+        prefix = prefix_sum(terms) if past is None else past.append(terms)
+        g = None if self.weight is None else F.softplus(_project(x, self.weight))
+        return bias.Cable(prefix, g, self.bidirectional)
+
+
+class ForgetBias(torch.nn.Module):
+    """The forget gate of FoX (arXiv 2503.02130): log f = logsigmoid(linear(x)), one gate per head and token.
+
+    Args:
+        d_model: width of x.
+        heads: number of query heads.
+        std: of the initial weights N(0, std); the bias starts at 0.
+        decay_times: (shortest, longest) half-open memory times in tokens: the gates then do not depend on the text, each
+            head keeps -log(expm1(1 / T_h)) with T_h spaced logarithmically between them, as a learnable parameter.
+
+    >>> import torch, fastpe
+    >>> x, q = torch.randn(1, 6, 32), torch.randn(1, 4, 6, 8)
+    >>> m = fastpe.nn.ForgetBias(32, 4)
+    >>> fastpe.attention(q, q, q, bias=m(x), is_causal=True).shape
+    torch.Size([1, 4, 6, 8])
+    """
+
+    def __init__(
+        self, d_model: int, heads: int, *, std: float = 0.02, decay_times: tuple[float, float] | None = None
+    ):
+        super().__init__()
+        where = "fastpe.nn.ForgetBias"
+        self.d_model = _check.count(where, "d_model", d_model, 1)
+        self.std = _check.number(where, "std", std, positive=True)
+        _heads(where, heads)
+        self.decay_times = decay_times
+        if decay_times is None:
+            self.gate = torch.nn.Linear(d_model, heads)
+        else:
+            if not isinstance(decay_times, (tuple, list)) or len(decay_times) != 2:
+                raise ValueError(f"{where}: decay_times must be (shortest, longest), got {decay_times!r}")
+            low, high = (_check.number(where, "decay_times", t, positive=True) for t in decay_times)
+            if high < low:
+                raise ValueError(f"{where}: decay_times must not decrease, got {low:g} then {high:g}")
+            self.logit = torch.nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.decay_times is None:
+            torch.nn.init.normal_(self.gate.weight, 0.0, self.std)
+            torch.nn.init.zeros_(self.gate.bias)
+            return
+        low, high = (math.log(t) for t in self.decay_times)
+        times = torch.linspace(low, high, self.logit.shape[0], dtype=torch.float64).exp()
+        with torch.no_grad():
+            self.logit.copy_(-torch.log(torch.expm1(1 / times)))
+
+    def forward(
+        self, x: Tensor, past: Prefix | None = None, *, seq_start: Tensor | None = None
+    ) -> bias.Forget:
+        """The bias for hidden states x (B, N, d_model).
+
+        Args:
+            x: (B, N, d_model); with `past`, of the new tokens only.
+            past: the prefix of the tokens in the cache (`bias.log_gates` of the step before); decoding, no gradient.
+            seq_start: (B,) integers, first real token of rows padded on the left. Not with `past`.
+        """
+        where = "fastpe.nn.ForgetBias"
+        _check_hidden(where, x, self.d_model)
+        if self.decay_times is None:
+            z = _project(x, self.gate)
+        else:
+            z = self.logit.float()[None, :, None].expand(x.shape[0], -1, x.shape[1])
+        gates = F.logsigmoid(z)
+        if seq_start is not None:
+            if past is not None:
+                raise ValueError(f"{where}: seq_start belongs to the first tokens, and past holds those already")
+            return bias.Forget(gates, seq_start)
+        return bias.Forget(prefix_sum(gates) if past is None else past.append(gates))

@@ -1,0 +1,157 @@
+"""What torch must know about fastpe's ops beyond their kernels: shapes for tracing, and derivatives.
+
+Schemas and kernels are in csrc/binding. Every rule here must agree with them in shape, dtype and stride.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .prefix import BLOCK
+
+Tensor = torch.Tensor
+
+# csrc/core/params.h: Needs. The names are those of attn_fwd's arguments.
+NEEDS = {
+    "q": 1,
+    "k": 2,
+    "v": 4,
+    "q_rope": 8,
+    "k_rope": 16,
+    "bias_params": 32,
+    "bias_gamma": 64,
+    "bias_u": 128,
+    "bias_w": 256,
+    "bias_table": 512,
+    "row_scale": 1024,
+}
+
+# attn_fwd's arguments, in order.
+_ARGS = (
+    "q", "k", "v", "q_rope", "k_rope", "rope_layout",
+    "bias_form", "bias_params", "bias_gamma", "bias_u", "bias_w", "bias_base", "bias_table",
+    "left", "right", "sinks", "q_ids", "k_ids", "mask",
+    "row_scale", "sink", "scale", "softcap", "softcap_mul", "skip_eps",
+)  # fmt: skip
+_PLAIN = ("rope_layout", "bias_form", "left", "right", "sinks", "scale", "softcap", "softcap_mul", "skip_eps")
+
+
+def aux_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse and of the float arrays beside q, k and v."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    """A dense (B,H,N,channels) tensor in x's memory order: (B,N,H,channels) if that is how x came."""
+    B, H, N, _ = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(B, N, H, channels).transpose(1, 2)
+    return x.new_empty(B, H, N, channels)
+
+
+@torch.library.register_fake("fastpe::attn_fwd")
+def _(q, k, v, *rest):
+    return _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=aux_dtype(q.dtype))
+
+
+@torch.library.register_fake("fastpe::attn_bwd")
+def _(dout, dlse, q, k, v, out, lse, q_rope, k_rope, rope_layout, bias_form, params, gamma, u, w, base, table,
+      left, right, sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps, needs):  # fmt: skip
+    inputs = dict(zip(NEEDS, (q, k, v, q_rope, k_rope, params, gamma, u, w, table, row_scale)))
+
+    def gradient(what):
+        x = inputs[what]
+        if not needs & NEEDS[what] or x is None:
+            return q.new_empty(0, dtype=q.dtype if what in ("q", "k", "v") else aux_dtype(q.dtype))
+        return _like(x, x.shape[3]) if what in ("q", "k", "v") else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return tuple(gradient(what) for what in NEEDS)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    args = dict(zip(_ARGS, inputs))
+    ctx.plain = {what: args[what] for what in _PLAIN}
+    ctx.tensors = tuple(what for what in _ARGS if what not in _PLAIN)
+    ctx.save_for_backward(*(args[what] for what in ctx.tensors), *output)
+
+
+def _backward(ctx, dout, dlse):
+    none = (None,) * len(_ARGS)
+    if dout is None and dlse is None:
+        return none
+    *tensors, out, lse = ctx.saved_tensors
+    args = dict(zip(ctx.tensors, tensors)) | ctx.plain
+    wanted = dict(zip(_ARGS, ctx.needs_input_grad))
+    needs = sum(bit for what, bit in NEEDS.items() if wanted[what])
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    grads = {}
+    if needs:
+        qkv = (args["q"], args["k"], args["v"])
+        made = torch.ops.fastpe.attn_bwd(dout, dlse, *qkv, out, lse, *(args[what] for what in _ARGS[3:]), needs)
+        grads = {what: g for (what, bit), g in zip(NEEDS.items(), made) if needs & bit}
+    if wanted["sink"]:
+        grads["sink"] = _sink_gradient(args["sink"], dout, dlse, out, lse)
+    return tuple(grads.get(what) for what in _ARGS)
+
+
+def _sink_gradient(sink: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """The sink takes the share exp(sink - lse) of every row and gives nothing to out."""
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    share = torch.exp(sink[None, :, None] - lse)
+    share = torch.where(lse == -torch.inf, torch.zeros_like(share), share)
+    return -(share * delta).sum((0, 2))
+
+
+torch.library.register_autograd("fastpe::attn_fwd", _backward, setup_context=_save)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "fastpe.attention: second derivatives are not supported; fastpe.reference.attention has them, at quadratic cost"
+    )
+
+
+torch.library.register_autograd("fastpe::attn_bwd", _no_second_derivative)
+
+
+@torch.library.register_fake("fastpe::prefix_sum")
+def _(x, reverse):
+    blocks = (x.shape[-1] + BLOCK - 1) // BLOCK
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
+        *x.shape[:-1], blocks, dtype=torch.float64
+    )
+
+
+@torch.library.register_fake("fastpe::cumsum_exact")
+def _(x, reverse):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save_direction(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.reverse = inputs[1]
+
+
+def _prefix_backward(ctx, dlocal, dbase):
+    # `local` carries the gradient of the whole sum (fastpe.Prefix), so `base` has no say.
+    if dlocal is None:
+        return None, None
+    return torch.ops.fastpe.cumsum_exact(dlocal.contiguous(), not ctx.reverse), None
+
+
+def _cumsum_backward(ctx, grad):
+    if grad is None:
+        return None, None
+    return torch.ops.fastpe.cumsum_exact(grad.contiguous(), not ctx.reverse), None
+
+
+torch.library.register_autograd("fastpe::prefix_sum", _prefix_backward, setup_context=_save_direction)
+torch.library.register_autograd("fastpe::cumsum_exact", _cumsum_backward, setup_context=_save_direction)
