@@ -1,0 +1,154 @@
+// Plain structs that carry one call from the binding to a kernel. No torch, no ownership.
+//
+// Shapes follow scaled_dot_product_attention: q (B,H,Nq,D), k (B,Hk,Nk,D), v (B,Hk,Nk,Dv), H % Hk == 0.
+// Strides count elements. A stride of 0 broadcasts that axis. "May be null" is said at the field.
+// "aux" arrays hold float, or double when the call's dtype is f64; their last axis is contiguous unless said.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastpe {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+
+// The one list of bias forms is pos/bias_forms.def.
+enum class BiasForm : int32_t {
+#define FASTPE_BIAS_FORM(name, id, text) name = id,
+#include "../pos/bias_forms.def"
+#undef FASTPE_BIAS_FORM
+};
+
+enum class RopeLayout : int32_t { half = 0, interleaved = 1 };
+
+// A (batch, head, token, channel) tensor whose channels are contiguous.
+struct View {
+  void* p = nullptr;
+  int64_t sb = 0, sh = 0, sn = 0;
+};
+
+// A (batch, head, token) aux array, or (batch, head, token, x) with the last axis contiguous.
+struct Aux {
+  void* p = nullptr;  // may be null: not given
+  int64_t sb = 0, sh = 0, sn = 0;
+  explicit operator bool() const { return p != nullptr; }
+};
+
+// cos and sin, amplitude folded in: (B|1, H|1, N, J), J = rotary_dim / 2.
+struct Rope {
+  Aux cos, sin;  // null: no rotation
+};
+
+struct Bias {
+  BiasForm form = BiasForm::none;
+  Aux params;      // rel_fn: (B|1,H|1,2) the two numbers of the form; token stride unused
+  Aux gamma;       // rel_fn: row weight (B|1,H|1,Nq|1); may be null (1)
+  Aux u;           // rel_fn: query positions (B|1,H|1,Nq); null: w at the query's index, or that index itself
+  Aux w;           // rel_fn: key positions (B|1,H|1,Nk); null: the key's index
+  Aux base;        // double (B|1,H|1,ceil(Nk/128)): w[j] means w[j] + base[j/128]; null: 0. Only with u null
+  Aux table;       // table forms: (1,H|1,L)
+  int64_t table_len = 0;
+};
+
+// visible(i, j), with I = i + Nk - Nq:
+//   (right <= 0 or j - I < right) and (left <= 0 or I - j < left or j < sinks)
+//   and (no ids or (k_id[j] >= 0 and q_id[i] == k_id[j])) and (no mask or mask[i][j])
+struct Visibility {
+  int64_t left = 0;    // window to the past including the own key; 0: unlimited
+  int64_t right = 0;   // 1: causal; 0: unlimited
+  int64_t sinks = 0;   // first keys that stay visible outside the left window
+  const int32_t* q_ids = nullptr;  // (B|1,Nq)
+  const int32_t* k_ids = nullptr;  // (B|1,Nk)
+  int64_t q_ids_sb = 0, k_ids_sb = 0;
+  const uint8_t* mask = nullptr;   // bool (B|1,H|1,Nq|1,Nk|1)
+  int64_t mask_sb = 0, mask_sh = 0, mask_sn = 0, mask_sk = 0;
+};
+
+struct AttnParams {
+  DType dtype = DType::f32;
+  int64_t B = 0, H = 0, Hk = 0, Nq = 0, Nk = 0, D = 0, Dv = 0;
+  View q, k, v, o;
+  void* lse = nullptr;     // (B,H,Nq) float (double for f64), contiguous
+  double scale = 1;
+  Rope q_rope, k_rope;     // both or neither
+  int64_t rope_pairs = 0;  // J
+  RopeLayout rope_layout = RopeLayout::half;
+  Bias bias;
+  Visibility vis;
+  Aux row_scale;           // (B|1,H|1,Nq|1); may be null (1)
+  Aux sink;                // (1,H|1,1) extra logit of the denominator; may be null
+  double softcap = 0;      // C > 0: x = softcap_mul * tanh(x / C)
+  double softcap_mul = 0;
+  double skip_eps = 0;     // bound on the probability a row may lose to skipped tiles; 0: skip none
+};
+
+// What the backward pass is asked for, a bit set.
+enum Needs : int64_t {
+  need_q = 1 << 0, need_k = 1 << 1, need_v = 1 << 2,
+  need_q_rope = 1 << 3, need_k_rope = 1 << 4,
+  need_params = 1 << 5, need_gamma = 1 << 6, need_u = 1 << 7, need_w = 1 << 8, need_table = 1 << 9,
+  need_row_scale = 1 << 10,
+};
+
+// Gradients. Pointers of what is not needed are null. dq/dk/dv have the inputs' dtype and dense (B,H,N,D) or
+// (B,N,H,D) strides; the rest is float (double for f64), contiguous, with the broadcast shape of its input.
+struct AttnBwdParams {
+  AttnParams fwd;          // o and lse are inputs here
+  View d_o;
+  const void* dlse = nullptr;  // (B,H,Nq) contiguous; may be null (0)
+  View dq, dk, dv;
+  int64_t needs = 0;
+  void *dq_cos = nullptr, *dq_sin = nullptr, *dk_cos = nullptr, *dk_sin = nullptr;
+  void *dparams = nullptr, *dgamma = nullptr, *du = nullptr, *dw = nullptr, *dtable = nullptr, *drow_scale = nullptr;
+};
+
+// y = rotate(x), x and y (B,H,N,D) of one dtype; y may be x.
+struct RotateParams {
+  DType dtype = DType::f32;
+  int64_t B = 0, H = 0, N = 0, D = 0, J = 0;
+  View x, y;
+  Rope rope;
+  RopeLayout layout = RopeLayout::half;
+  bool inverse = false;
+};
+
+// Tables of cos and sin from positions and inverse frequencies; rope.md 1.1 and 7.
+struct RopeTableParams {
+  bool out_f64 = false;
+  int64_t A = 0, B = 0, H = 0, N = 0, J = 0;
+  const double* positions = nullptr;  // (A,B,N) contiguous
+  const double* inv_freq = nullptr;   // (A,H,J) contiguous, radians per position
+  bool float32_product = false;       // the product published checkpoints were trained with
+  double amplitude = 1;
+  void *cos = nullptr, *sin = nullptr;  // (B,H,N,J) contiguous
+};
+
+// Anchored prefix sums: local (rows,N) inside blocks of 128, base (rows,ceil(N/128)) double; bias.md 2.3.
+constexpr int64_t kPrefixBlock = 128;
+struct PrefixParams {
+  bool f64 = false;  // type of x and local
+  int64_t rows = 0, N = 0;
+  const void* x = nullptr;  // (rows,N) contiguous
+  void* local = nullptr;    // forward output; the plain sum (one number a token) when base is null
+  double* base = nullptr;
+  bool reverse = false;     // sum over t >= n
+};
+
+// How a kernel asks its host for threads and memory.
+struct Runtime {
+  int threads = 1;
+  // Calls fn(ctx, task, worker) once for every task in [0, tasks); worker in [0, threads). Order is free.
+  void (*parallel)(int64_t tasks, void (*fn)(void* ctx, int64_t task, int worker), void* ctx) = nullptr;
+  void* (*alloc)(size_t bytes) = nullptr;  // 64-byte aligned, uninitialised; never null (throws)
+  void (*release)(void*) = nullptr;
+};
+
+// What a call did, counted by the kernels when switched on.
+struct TileStats {
+  int64_t visited = 0;       // tiles whose products were computed
+  int64_t hidden = 0;        // tiles without a visible pair, never touched
+  int64_t decayed = 0;       // tiles skipped under the bound skip_eps
+  int64_t block_q = 0, block_k = 0;
+};
+
+}  // namespace fastpe

@@ -1,0 +1,619 @@
+// Backward attention: five products per tile, no atomics, every sum in a fixed order.
+//
+// Work: for a wave of (batch, kv head) pairs K and V are packed; then one task per (pair, split), where a split is every
+// n-th block of kBM queries of every query head of the group. n depends on shapes alone. A task holds private dK and
+// dV sums over all keys; a last pass adds the splits in order, undoes the rotation and stores.
+// A task, per block of queries: Q and dO are packed four ways (transposed for scores and dP, by rows for dK and dV); per
+// visible key tile, queries in lanes as in the forward pass:
+//   S = K Qt, dP = V dOt                         products
+//   P = exp2(S - lse), dS = P (dP - delta)       on a few rows at a time, in L1
+//   gradients of the bias                        from dS while it is there, only the ones asked for
+//   dV += P dO, dK += dS Q, dQ^T += K^T dS       products
+// delta_i = <dO_i, O_i> - dlse_i (chunked.md M3).
+#include "attn_common.h"
+
+namespace fastpe::cpu::FASTPE_ISA {
+namespace {
+
+// Rows of dS have a margin of zeros on both sides, so that its diagonals can be summed with plain vector loads.
+template <class S> constexpr int64_t kMargin = Vec<S>::kLanes;
+template <class S> constexpr int64_t kPitch = kBM + 2 * kMargin<S>;
+constexpr int64_t kChunk = 32;  // keys treated at a time between the products
+
+// Private sums of bias gradients of one (batch, head, split); pieces not needed are null.
+template <class S>
+struct BiasGrad {
+  S* params = nullptr;  // 2
+  S* w = nullptr;       // Nk
+  S* table = nullptr;   // span, at its first element
+};
+
+template <class E>
+struct BwdScratch {
+  using S = typename E::S;
+  using U = typename E::U;
+  S *rows, *s, *ds, *cap, *raw, *dq;
+  U *qt, *dot, *qr, *dor, *pa, *dsa, *dsb;
+  TileBias<S>* bias;
+  BlockBias<S>* block;
+  BlockScale<S>* scale;
+  S *lse, *delta, *slack, *ids, *du, *dgamma, *drho;
+
+  static int64_t pad(int64_t d) { return tiles::round_up(d, Vec<S>::kLanes); }
+
+  void carve(Carver& c, const AttnParams& p, bool keep_raw) {
+    const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
+    rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 64);
+    s = c.take<S>(kBN<E> * kPitch<S>);
+    ds = c.take<S>(kBN<E> * kPitch<S>);
+    cap = p.softcap > 0 ? c.take<S>(kBN<E> * kPitch<S>) : nullptr;
+    raw = keep_raw ? c.take<S>(kBN<E> * kPitch<S>) : nullptr;
+    dq = c.take<S>(p.D * kBM);
+    qt = c.take<U>(p.D / E::kPack * kBM);
+    dot = c.take<U>(p.Dv / E::kPack * kBM);
+    qr = c.take<U>(kBM / E::kPack * pad(p.D));
+    dor = c.take<U>(kBM / E::kPack * pad(p.Dv));
+    pa = dsa = dsb = nullptr;
+    if (E::kPack == 2) {
+      pa = c.take<U>(kBN<E> * kBM / E::kPack);
+      dsa = c.take<U>(kBN<E> * kBM / E::kPack);
+      dsb = c.take<U>(kBN<E> * kBM / E::kPack);
+    }
+    bias = c.take<TileBias<S>>(1);
+    block = c.take<BlockBias<S>>(1);
+    scale = c.take<BlockScale<S>>(1);
+    lse = c.take<S>(kBM);
+    delta = c.take<S>(kBM);
+    slack = c.take<S>(kBM);
+    ids = c.take<S>(kBM);
+    du = c.take<S>(kBM);
+    dgamma = c.take<S>(kBM);
+    drho = c.take<S>(kBM);
+  }
+};
+
+// P over s and dS over ds for keys [js, je), one vector of queries after the other.
+template <class E, Kind K, class Phi, bool Masked>
+FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<typename E::S>& mask, const typename E::S* c, const typename E::S* lse, const typename E::S* delta, typename E::S* s, typename E::S* ds, int64_t js, int64_t je, int64_t lanes) {
+  using V = Vec<typename E::S>;
+  using S = typename E::S;
+  constexpr int L = V::kLanes;
+  const auto group = [&](auto count, int64_t l0) {
+    constexpr int G = decltype(count)::value;
+    V cv[G], rv[G], gv[G], lv[G], dv[G];
+    for (int g = 0; g < G; ++g) {
+      cv[g] = V::load(c + l0 + g * L);
+      lv[g] = V::load(lse + l0 + g * L);
+      dv[g] = V::load(delta + l0 + g * L);
+      if constexpr (K == Kind::rank1) { rv[g] = V::load(t.r + l0 + g * L) - lv[g]; gv[g] = V::load(t.g + l0 + g * L); }
+      if constexpr (K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
+    }
+    for (int64_t j = js; j < je; ++j) {
+      S* sr = s + j * kPitch<S> + l0;
+      S* dr = ds + j * kPitch<S> + l0;
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const V sv = V::load(sr + g * L);
+        V x;
+        if constexpr (K == Kind::rank1) x = fma(sv, cv[g], fma(gv[g], V(t.y[j]), rv[g]));
+        else if constexpr (K == Kind::none) x = fma(sv, cv[g], V(S(0)) - lv[g]);
+        else x = fma(sv, cv[g], bias_at<K, Phi>(t, j, l0 + g * L, rv[g], gv[g])) - lv[g];
+        if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
+        const V pv = exp2(x);
+        pv.store(sr + g * L);
+        V d = pv * (V::load(dr + g * L) - dv[g]);
+        // An infinite dO times a hidden key must not leak: dS is 0 where P is masked.
+        if constexpr (Masked) d = select(pv == V(S(0)), V(S(0)), d);
+        d.store(dr + g * L);
+      }
+    }
+  };
+  int64_t l = 0;
+  for (; l + kNV / 2 * L <= lanes; l += kNV / 2 * L) group(std::integral_constant<int, kNV / 2>{}, l);
+  for (; l < lanes; l += L) group(std::integral_constant<int, 1>{}, l);
+}
+
+template <class E>
+struct Backward {
+  using S = typename E::S;
+  using U = typename E::U;
+  using V = Vec<S>;
+  static constexpr int L = V::kLanes;
+
+  const AttnBwdParams& a;
+  const AttnParams& p;
+  Call<E> call;
+  const Runtime& rt;
+  TileStats* stats;
+  const bool want_q, want_k, want_v, want_params, want_gamma, want_u, want_w, want_table, want_rho, want_bias;
+  const int64_t group, splits, dp, dvp;
+  int64_t head0 = 0, heads = 0;
+  KVPack<E>* packs = nullptr;
+  S *dk = nullptr, *dv = nullptr;  // (wave, split, Nk, padded channels)
+  char* worker_base = nullptr;
+  size_t worker_bytes = 0;
+  // Private bias sums: (B, H, split, ...), and per-row sums (B, H, Nq), which one task owns.
+  S *g_params = nullptr, *g_w = nullptr, *g_table = nullptr, *g_u = nullptr, *g_gamma = nullptr, *g_rho = nullptr;
+
+  bool needs(int64_t bit) const { return (a.needs & bit) != 0; }
+
+  Backward(const AttnBwdParams& params, const Runtime& runtime, TileStats* st)
+      : a(params), p(params.fwd), call(params.fwd), rt(runtime), stats(st),
+        want_q(needs(need_q)), want_k(needs(need_k)), want_v(needs(need_v)),
+        want_params(needs(need_params)), want_gamma(needs(need_gamma)),
+        // u taken from w at the query's index: its gradient is part of dw.
+        want_u(needs(need_u) || (needs(need_w) && !p.bias.u)), want_w(needs(need_w)), want_table(needs(need_table)), want_rho(needs(need_row_scale)),
+        want_bias(want_params || want_gamma || want_u || want_w || want_table),
+        group(p.H / p.Hk), splits(tiles::backward_splits(p.B * p.Hk, call.nq_blocks)),
+        dp(BwdScratch<E>::pad(p.D)), dvp(BwdScratch<E>::pad(p.Dv)) {}
+
+  BwdScratch<E> scratch(int worker) const {
+    BwdScratch<E> w;
+    Carver c{worker_base + size_t(worker) * worker_bytes};
+    w.carve(c, p, want_rho);
+    return w;
+  }
+  void carve_pack(KVPack<E>& k, Carver& c) const { k.carve(c, p, call.nk_tiles, true, true, false); }
+
+  void run() {
+    BwdScratch<E> probe;
+    Carver pc{nullptr};
+    probe.carve(pc, p, want_rho);
+    worker_bytes = (pc.used + 127) / 64 * 64;
+    Carver oc{nullptr};
+    KVPack<E> one;
+    carve_pack(one, oc);
+    const int64_t grad_each = splits * p.Nk * ((want_k ? dp : 0) + (want_v ? dvp : 0));
+    const int64_t total = p.B * p.Hk;
+    const int64_t wave = wave_heads(int64_t(oc.used) + grad_each * int64_t(sizeof(S)), total, rt.threads, int64_t(14) << 20);
+    const int64_t bh = p.B * p.H;
+    const auto layout = [&](Carver& c) {
+      call.carve(c);
+      packs = c.take<KVPack<E>>(wave);
+      worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
+      dk = want_k ? c.take<S>(wave * splits * p.Nk * dp) : nullptr;
+      dv = want_v ? c.take<S>(wave * splits * p.Nk * dvp) : nullptr;
+      g_params = want_params ? c.take<S>(bh * splits * 2) : nullptr;
+      g_w = want_w ? c.take<S>(bh * splits * p.Nk) : nullptr;
+      g_table = want_table ? c.take<S>(bh * splits * table_span(p).len) : nullptr;
+      g_u = want_u ? c.take<S>(bh * p.Nq) : nullptr;
+      g_gamma = want_gamma ? c.take<S>(bh * p.Nq) : nullptr;
+      g_rho = want_rho ? c.take<S>(bh * p.Nq) : nullptr;
+      for (int64_t i = 0; i < wave; ++i) {
+        KVPack<E> k;
+        carve_pack(k, c);
+        if (c.base) packs[i] = k;
+        c.used = (c.used + 63) / 64 * 64;
+      }
+    };
+    Carver measure{nullptr};
+    layout(measure);
+    char* mem = static_cast<char*>(rt.alloc(measure.used + 64));
+    Carver real{mem};
+    layout(real);
+    call.prepare();
+    using Self = Backward;
+    for (head0 = 0; head0 < total; head0 += wave) {
+      heads = total - head0 < wave ? total - head0 : wave;
+      rt.parallel(heads * call.nk_tiles, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->pack_task(t, w); }, this);
+      rt.parallel(heads * splits, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->split_task(t, w); }, this);
+      if (want_k || want_v) rt.parallel(heads * call.nk_tiles, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->store_task(t, w); }, this);
+    }
+    reduce_bias();
+    rt.release(mem);
+  }
+
+  void pack_task(int64_t task, int worker) {
+    const int64_t w = task / call.nk_tiles, bk = head0 + w;
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, task % call.nk_tiles, scratch(worker).rows);
+  }
+
+  void split_task(int64_t task, int worker) {
+    const int64_t w = task / splits, split = task % splits, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
+    BwdScratch<E> sc = scratch(worker);
+    for (int64_t x = 0; x < kBN<E> * kPitch<S>; ++x) sc.s[x] = sc.ds[x] = 0;
+    S* dk_acc = want_k ? dk + task * p.Nk * dp : nullptr;
+    S* dv_acc = want_v ? dv + task * p.Nk * dvp : nullptr;
+    if (dk_acc) std::memset(dk_acc, 0, size_t(p.Nk * dp) * sizeof(S));
+    if (dv_acc) std::memset(dv_acc, 0, size_t(p.Nk * dvp) * sizeof(S));
+    for (int64_t x = 0; x < group; ++x) {
+      const int64_t h = hk * group + x, row = (b * p.H + h) * splits + split;
+      BiasGrad<S> bg;
+      if (g_params) { bg.params = g_params + row * 2; bg.params[0] = bg.params[1] = 0; }
+      if (g_w) { bg.w = g_w + row * p.Nk; std::memset(bg.w, 0, size_t(p.Nk) * sizeof(S)); }
+      if (g_table) {
+        const int64_t len = table_span(p).len;
+        bg.table = g_table + row * len;
+        std::memset(bg.table, 0, size_t(len) * sizeof(S));
+      }
+      for (int64_t qb = split; qb < call.nq_blocks; qb += splits) block(packs[w], b, h, qb, sc, bg, dk_acc, dv_acc);
+    }
+  }
+
+  void block(const KVPack<E>& kv, int64_t b, int64_t h, int64_t qb, BwdScratch<E>& w, BiasGrad<S>& bg, S* dk_acc, S* dv_acc) {
+    const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = i0 + call.offset;
+    const int64_t lanes = tiles::round_up(rows, L);
+    const double skip = skip_log2(p) - skip_weight();
+    const bool may_skip = skip > -1e300;
+
+    // delta and dO
+    const int64_t row0 = (b * p.H + h) * p.Nq + i0;
+    const S* lse = static_cast<const S*>(p.lse) + row0;
+    const S* dlse = a.dlse ? static_cast<const S*>(a.dlse) + row0 : nullptr;
+    S* out = w.ds;  // one row of O; ds is cleared again by the products that fill it
+    for (int64_t r = 0; r < rows; ++r) {
+      S* row = w.rows + r * p.Dv;
+      load_row(row, a.d_o, p.dtype, b, h, i0 + r, p.Dv);
+      load_row(out, p.o, p.dtype, b, h, i0 + r, p.Dv);
+      S d = 0;
+      for (int64_t x = 0; x < p.Dv; ++x) d += row[x] * out[x];
+      w.delta[r] = d - (dlse && lse[r] > -kInf<S> ? dlse[r] : S(0));
+      // P = exp2(x - lse) must be 0 in rows that see nothing and in lanes past the last row.
+      w.lse[r] = lse[r] == -kInf<S> ? kInf<S> : lse[r] * S(kLog2e);
+      w.slack[r] = S(skip);
+    }
+    for (int64_t r = rows; r < lanes; ++r) w.delta[r] = 0, w.lse[r] = kInf<S>, w.slack[r] = kInf<S>;
+    for (int64_t x = 0; x < p.Dv; ++x) out[x] = 0;
+    // Diagonals are read one vector past the last lane: columns a shorter block does not write must be zero.
+    for (int64_t j = 0; want_table && lanes < kBM && j < kBN<E>; ++j)
+      for (int64_t l = lanes; l < kBM; ++l) w.ds[j * kPitch<S> + kMargin<S> + l] = 0;
+    pack_transposed<E>(w.dot, kBM, w.rows, p.Dv, rows, lanes, p.Dv);
+    if (want_v) pack_block_rows(w.dor, dvp, w.rows, p.Dv, rows, lanes);
+
+    const S* rho = at<S>(p.row_scale, b, h);
+    for (int64_t r = 0; r < rows; ++r) {
+      S* row = w.rows + r * p.D;
+      load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
+      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+      const S f = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1));
+      w.scale->rho[r] = f;
+      w.scale->c[r] = f * S(kLog2e);
+      w.scale->qn[r] = may_skip ? S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001) : S(0);
+    }
+    for (int64_t r = rows; r < lanes; ++r) w.scale->rho[r] = w.scale->c[r] = w.scale->qn[r] = 0;
+    pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D);
+    if (want_k) pack_block_rows(w.qr, dp, w.rows, p.D, rows, lanes);
+
+    HeadBias<S> hb;
+    hb.init(p, b, h, call.table_of(h), call.env_of(h));
+    w.block->init(hb, i0, rows, I0);
+    if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
+    for (int64_t l = 0; l < kBM; ++l) w.du[l] = w.dgamma[l] = w.drho[l] = 0;
+    bool first = true;
+    int64_t visited = 0, hidden = 0, decayed = 0;
+
+    walk_tiles(call, qb, [&](int64_t t) {
+      int64_t js, je;
+      TileMask<S> mask;
+      if (call.classify(b, h, qb, t, js, je, mask) == TileClass::hidden) { ++hidden; return; }
+      const int64_t j0 = t * kBN<E>;
+      TileBias<S>& tb = *w.bias;
+      tb.init(hb, *w.block, p, I0, lanes, j0, js, je);
+      if (may_skip && forgettable(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes)) { ++decayed; return; }
+      ++visited;
+      mask.q_ids = w.ids;
+      tile(kv, t, j0, js, je, tb, mask, hb, w, bg, lanes, I0, dk_acc, dv_acc, first);
+      first = false;
+    });
+
+    if (needs(need_q)) {
+      for (int64_t r = 0; r < rows; ++r) {
+        S* row = w.rows;
+        for (int64_t d = 0; d < p.D; ++d) row[d] = first ? S(0) : w.dq[d * kBM + r];
+        if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, true, b, h, i0 + r);
+        store_row(row, a.dq, p.dtype, b, h, i0 + r, p.D);
+      }
+    }
+    if (g_u) for (int64_t r = 0; r < rows; ++r) g_u[row0 + r] = w.du[r];
+    if (g_gamma) for (int64_t r = 0; r < rows; ++r) g_gamma[row0 + r] = w.dgamma[r];
+    if (g_rho) for (int64_t r = 0; r < rows; ++r) g_rho[row0 + r] = w.drho[r];
+    if (stats) {
+      hidden += call.nk_tiles - visited - hidden - decayed;
+      __atomic_fetch_add(&stats->visited, visited, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&stats->hidden, hidden, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&stats->decayed, decayed, __ATOMIC_RELAXED);
+      stats->block_q = kBM;
+      stats->block_k = kBN<E>;
+    }
+  }
+
+  // Rows of the block as a B operand with the row on the k axis; rows up to the last whole lane group are zero.
+  void pack_block_rows(U* dst, int64_t ld, const S* x, int64_t n, int64_t rows, int64_t lanes) const {
+    pack_rows<E>(dst, ld, x, n, rows, n);
+    const int64_t from = tiles::ceil_div(rows, E::kPack), to = tiles::ceil_div(lanes, E::kPack);
+    for (int64_t r = from; r < to; ++r)
+      for (int64_t d = 0; d < ld; ++d) dst[r * ld + d] = 0;
+  }
+
+  // A gradient that weighs dS by a distance-like factor loses up to that factor more than the probability does: log2
+  // of the largest factor comes off the allowance. Position arrays and row weights use the largest |D| a row can see.
+  double skip_weight() const {
+    if (!(want_params || want_table || want_gamma)) return 0;
+    const double reach = double(p.Nk > p.Nq ? p.Nk : p.Nq);
+    return __builtin_log2(reach > 1 ? reach : 1);
+  }
+
+  // As in the forward pass, with the final lse: P of every pair of the tile is below eps / (Nk * weight).
+  static bool forgettable(const TileBias<S>& tb, const HeadBias<S>& hb, S k_norm, const BwdScratch<E>& w, int64_t I0, int64_t j_first, int64_t j_last, int64_t lanes) {
+    for (int64_t l = 0; l < lanes; l += L) {
+      const V bound = fma(V::load(w.scale->qn + l), V(k_norm), tb.upper(hb, l, I0, j_first, j_last));
+      const Mask<S> proven = V::load(w.lse + l) + V::load(w.slack + l) >= bound;
+      for (int x = 0; x < L; ++x)
+        if (!proven.m[x]) return false;
+    }
+    return true;
+  }
+
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const HeadBias<S>& hb, BwdScratch<E>& w, BiasGrad<S>& bg, int64_t lanes, int64_t I0, S* dk_acc, S* dv_acc, bool first) {
+    constexpr int64_t P = kPitch<S>;
+    constexpr int64_t units = kBN<E> / E::kPack;
+    const int64_t ku = p.D / E::kPack, vu = p.Dv / E::kPack, n = je - js;
+    const bool masked = mask.partial();
+    S *s = w.s + kMargin<S>, *ds = w.ds + kMargin<S>;
+    gemm<E, false>(kv.k_rows + (j0 + js) * ku, ku, w.qt, kBM, s + js * P, P, n, lanes, ku);
+    gemm<E, false>(kv.v_rows + (j0 + js) * vu, vu, w.dot, kBM, ds + js * P, P, n, lanes, vu);
+    const S* c = w.scale->c;
+    alignas(64) S ones[kBM];
+    if (p.softcap > 0)
+      for (int64_t l = 0; l < kBM; ++l) ones[l] = 1;
+
+    for (int64_t c0 = js; c0 < je; c0 += kChunk) {
+      const int64_t c1 = c0 + kChunk < je ? c0 + kChunk : je;
+      if (want_rho)
+        for (int64_t j = c0; j < c1; ++j) std::memcpy(w.raw + j * P, s + j * P, size_t(lanes) * sizeof(S));
+      if (p.softcap > 0) {
+        const V in(S(kLn2 / p.softcap)), mul(S(p.softcap_mul * kLog2e)), grad(S(p.softcap_mul / p.softcap));
+        for (int64_t j = c0; j < c1; ++j)
+          for (int64_t l = 0; l < lanes; l += L) {
+            const V th = tanh(V::load(s + j * P + l) * (V::load(c + l) * in));
+            (grad * (V(S(1)) - th * th)).store(w.cap + j * P + l);
+            (mul * th).store(s + j * P + l);
+          }
+      }
+      const S* ce = p.softcap > 0 ? ones : c;
+      with_kind(tb, [&](auto kind, auto phi) {
+        constexpr Kind K = decltype(kind)::value;
+        using Phi = decltype(phi);
+        if (masked) grad_pass<E, K, Phi, true>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
+        else grad_pass<E, K, Phi, false>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
+      });
+      if (want_bias) bias_grads(tb, hb, w, bg, ds, c0, c1, lanes, I0, j0);
+      if (want_rho) rho_grads(w, ds, c0, c1, lanes);
+      finish_ds(w, s, ds, c0, c1, lanes);
+    }
+    const U* pa = E::kPack == 1 ? reinterpret_cast<const U*>(s) : w.pa;
+    const U* dsa = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa;
+    const int64_t lda = E::kPack == 1 ? P : kBM / E::kPack;
+    const int64_t qu = tiles::ceil_div(lanes, E::kPack);
+    if (dv_acc) gemm<E, true>(pa + js * lda, lda, w.dor, dvp, dv_acc + (j0 + js) * dvp, dvp, n, dvp, qu);
+    if (dk_acc) gemm<E, true>(dsa + js * lda, lda, w.qr, dp, dk_acc + (j0 + js) * dp, dp, n, dp, qu);
+    if (want_q) {
+      const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) + js * P : w.dsb + js / E::kPack * kBM;
+      const int64_t ldb = E::kPack == 1 ? P : kBM;
+      const U* kc = kv.k_cols + t * p.D * units + js / E::kPack;
+      const int64_t kk = tiles::ceil_div(n, E::kPack);
+      if (first) gemm<E, false>(kc, units, dsb, ldb, w.dq, kBM, p.D, lanes, kk);
+      else gemm<E, true>(kc, units, dsb, ldb, w.dq, kBM, p.D, lanes, kk);
+    }
+  }
+
+  // d rho_i = sum_j scale <q_i, k_j> dx_ij; the raw product was kept because P overwrites it.
+  void rho_grads(BwdScratch<E>& w, const S* ds, int64_t c0, int64_t c1, int64_t lanes) const {
+    constexpr int64_t P = kPitch<S>;
+    for (int64_t l = 0; l < lanes; l += L) {
+      V acc(S(0));
+      for (int64_t j = c0; j < c1; ++j) {
+        V d = V::load(ds + j * P + l);
+        if (p.softcap > 0) d = d * V::load(w.cap + j * P + l);
+        acc = fma(d, V::load(w.raw + j * P + l), acc);
+      }
+      fma(acc, V(S(p.scale)), V::load(w.drho + l)).store(w.drho + l);
+    }
+  }
+
+  // dS -> dx times the softmax scale, and the bf16 operand forms.
+  void finish_ds(BwdScratch<E>& w, S* s, S* ds, int64_t c0, int64_t c1, int64_t lanes) {
+    constexpr int64_t P = kPitch<S>;
+    const bool cap = p.softcap > 0;
+    const bool products = want_q || want_k;
+    for (int64_t l = 0; l < lanes; l += L) {
+      const V rho = V::load(w.scale->rho + l);
+      if constexpr (E::kPack == 1) {
+        if (products)
+          for (int64_t j = c0; j < c1; ++j) {
+            V d = V::load(ds + j * P + l) * rho;
+            if (cap) d = d * V::load(w.cap + j * P + l);
+            d.store(ds + j * P + l);
+          }
+      } else {
+#if defined(__AVX512BF16__)
+        for (int64_t j = c0; j < c1; j += 2) {
+          const bool two = j + 1 < c1;
+          const V p0 = V::load(s + j * P + l), p1 = two ? V::load(s + (j + 1) * P + l) : V(0.f);
+          store_bf16(reinterpret_cast<uint16_t*>(w.pa) + j * kBM + l, p0);
+          if (two) store_bf16(reinterpret_cast<uint16_t*>(w.pa) + (j + 1) * kBM + l, p1);
+          if (!products) continue;
+          V d0 = V::load(ds + j * P + l) * rho, d1 = two ? V::load(ds + (j + 1) * P + l) * rho : V(0.f);
+          if (cap) {
+            d0 = d0 * V::load(w.cap + j * P + l);
+            if (two) d1 = d1 * V::load(w.cap + (j + 1) * P + l);
+          }
+          const __m256i b0 = to_bf16(d0), b1 = to_bf16(d1);
+          _mm256_storeu_si256((__m256i*)(reinterpret_cast<uint16_t*>(w.dsa) + j * kBM + l), b0);
+          if (two) _mm256_storeu_si256((__m256i*)(reinterpret_cast<uint16_t*>(w.dsa) + (j + 1) * kBM + l), b1);
+          const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(b0), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b1), 16));
+          _mm512_storeu_si512(w.dsb + j / 2 * kBM + l, pair);
+        }
+#endif
+      }
+    }
+  }
+
+  void bias_grads(const TileBias<S>& t, const HeadBias<S>& hb, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
+    if (bg.table) return diagonals(bg.table, ds, c0, c1, lanes, I0, j0);
+    pos::with_form(t.form, [&](auto phi) { rel_grads<decltype(phi)>(t, hb, w, bg, ds, c0, c1, lanes, I0, j0); });
+  }
+
+  // dT[t] += sum of dS along the diagonal I - j = t: vectors of neighbouring diagonals, rows of dS shifted by one each.
+  void diagonals(S* table, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) const {
+    constexpr int64_t P = kPitch<S>;
+    S* out = table - table_span(p).lo + (I0 - j0);
+    for (int64_t d0 = -(tiles::round_up(c1, L)); d0 < lanes - c0; d0 += L) {
+      int64_t ja = -d0 - L + 1 > c0 ? -d0 - L + 1 : c0;
+      int64_t jb = lanes - d0 < c1 ? lanes - d0 : c1;
+      if (ja >= jb) continue;
+      V acc(S(0)), acc2(S(0));
+      int64_t j = ja;
+      for (; j + 1 < jb; j += 2) {
+        acc = acc + V::load(ds + j * P + d0 + j);
+        acc2 = acc2 + V::load(ds + (j + 1) * P + d0 + j + 1);
+      }
+      if (j < jb) acc = acc + V::load(ds + j * P + d0 + j);
+      (V::load(out + d0) + (acc + acc2)).store(out + d0);
+    }
+  }
+
+  template <class Phi>
+  void rel_grads(const TileBias<S>& t, const HeadBias<S>& hb, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
+    constexpr int64_t P = kPitch<S>;
+    const BlockBias<S>& bb = *w.block;
+    // u relative to the tile's anchor, as TileBias::init has it (rank1 tiles keep it multiplied).
+    alignas(64) S u[kBM];
+    S w0 = 0;
+    double wbase = double(j0);
+    if (hb.w) { w0 = hb.w[j0]; wbase = hb.base ? hb.base[j0 / kPrefixBlock] : 0; }
+    else if (hb.u) { wbase = 0; w0 = S(j0); }
+    for (int64_t l = 0; l < lanes; ++l) u[l] = S(bb.ubase[l] - wbase) + (bb.uloc[l] - w0);
+    const V p0(t.p0), p1(t.p1);
+    V a0(S(0)), a1(S(0));
+    const bool positions = want_u || want_w;
+    alignas(64) S key[kChunk * L];
+    if (bg.w)
+      for (int64_t x = 0; x < kChunk * L; ++x) key[x] = 0;
+    for (int64_t l = 0; l < lanes; l += L) {
+      const V uv = V::load(u + l), gm = V::load(bb.gm + l);
+      V du(S(0)), dg(S(0));
+      for (int64_t j = c0; j < c1; ++j) {
+        const V d = V::load(ds + j * P + l);
+        const V D = uv - V(t.y[j]);
+        if (want_gamma) dg = fma(d, Phi::value(D, p0, p1), dg);
+        const V dg_ = d * gm;
+        if (want_params) {
+          a0 = fma(dg_, Phi::d_p0(D, p0, p1), a0);
+          a1 = fma(dg_, Phi::d_p1(D, p0, p1), a1);
+        }
+        if (positions) {
+          const V x = dg_ * Phi::slope(D, p0, p1);
+          du = du + x;
+          if (bg.w) (V::load(key + (j - c0) * L) + x).store(key + (j - c0) * L);
+        }
+      }
+      if (want_u) (V::load(w.du + l) + du).store(w.du + l);
+      if (want_gamma) (V::load(w.dgamma + l) + dg).store(w.dgamma + l);
+    }
+    if (want_params) { bg.params[0] += reduce_add(a0); bg.params[1] += reduce_add(a1); }
+    if (bg.w)
+      for (int64_t j = c0; j < c1; ++j) bg.w[j0 + j] -= reduce_add(V::load(key + (j - c0) * L));
+  }
+
+  void store_task(int64_t task, int worker) {
+    const int64_t w = task / call.nk_tiles, t = task % call.nk_tiles, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
+    S* row = scratch(worker).rows;
+    for (int64_t j = t * kBN<E>; j < p.Nk && j < (t + 1) * kBN<E>; ++j) {
+      if (needs(need_k)) {
+        sum_splits(row, dk + w * splits * p.Nk * dp + j * dp, p.Nk * dp, p.D);
+        if (p.k_rope.cos) rotate_row(row, p.k_rope, p.rope_pairs, p.rope_layout, true, b, hk, j);
+        store_row(row, a.dk, p.dtype, b, hk, j, p.D);
+      }
+      if (needs(need_v)) {
+        sum_splits(row, dv + w * splits * p.Nk * dvp + j * dvp, p.Nk * dvp, p.Dv);
+        store_row(row, a.dv, p.dtype, b, hk, j, p.Dv);
+      }
+    }
+  }
+  void sum_splits(S* __restrict row, const S* __restrict src, int64_t step, int64_t n) const {
+    for (int64_t d = 0; d < n; ++d) row[d] = src[d];
+    for (int64_t s = 1; s < splits; ++s)
+      for (int64_t d = 0; d < n; ++d) row[d] += src[s * step + d];
+  }
+
+  // Adds private sums into the gradients' broadcast shapes, in index order.
+  void reduce_bias() {
+    const int64_t bh = p.B * p.H;
+    const Bias& bi = p.bias;
+    const auto clear = [](void* x, int64_t n) { std::memset(x, 0, size_t(n) * sizeof(S)); };
+    const auto shape = [&](const Aux& x, int64_t n, int64_t& b, int64_t& h, int64_t& len) {
+      b = x.sb ? p.B : 1;
+      h = x.sh ? p.H : 1;
+      len = n;
+    };
+    // Adds rows (bh, n) with `parts` parts each to (B|1, H|1, n or 1).
+    const auto fold = [&](void* out, const Aux& like, const S* src, int64_t parts, int64_t n, bool one) {
+      int64_t nb, nh, len;
+      shape(like, one ? 1 : n, nb, nh, len);
+      S* y = static_cast<S*>(out);
+      for (int64_t b = 0; b < nb; ++b)
+        for (int64_t h = 0; h < nh; ++h)
+          for (int64_t x = 0; x < len; ++x) {
+            double sum = 0;
+            for (int64_t bb = b; bb < (nb == 1 ? p.B : b + 1); ++bb)
+              for (int64_t hh = h; hh < (nh == 1 ? p.H : h + 1); ++hh)
+                for (int64_t q = 0; q < parts; ++q) {
+                  const S* r = src + ((bb * p.H + hh) * parts + q) * n;
+                  if (one) for (int64_t i = 0; i < n; ++i) sum += double(r[i]);
+                  else sum += double(r[x]);
+                }
+            y[(b * nh + h) * len + x] = S(sum);
+          }
+    };
+    if (a.dparams) fold(a.dparams, bi.params, g_params, splits, 2, false);
+    if (a.dgamma) fold(a.dgamma, bi.gamma, g_gamma, 1, p.Nq, bi.gamma.sn == 0);
+    if (a.du) fold(a.du, bi.u, g_u, 1, p.Nq, false);
+    if (a.drow_scale) fold(a.drow_scale, p.row_scale, g_rho, 1, p.Nq, p.row_scale.sn == 0);
+    if (a.dw) {
+      if (!bi.u)  // u_i is w at the query's index
+        for (int64_t r = 0; r < bh; ++r)
+          for (int64_t i = 0; i < p.Nq; ++i) g_w[r * splits * p.Nk + call.offset + i] += g_u[r * p.Nq + i];
+      fold(a.dw, bi.w, g_w, splits, p.Nk, false);
+    }
+    if (a.dtable) {
+      const TableSpan sp = table_span(p);
+      const int64_t heads_out = call.same_bias_heads ? 1 : p.H;
+      clear(a.dtable, heads_out * bi.table_len);
+      // Offsets clamped to one entry add up there; doubles hold the sum.
+      for (int64_t h = 0; h < heads_out; ++h) {
+        S* y = static_cast<S*>(a.dtable) + h * bi.table_len;
+        double sum = 0;
+        int64_t entry = -1;
+        for (int64_t x = 0; x < sp.len; ++x) {
+          const int64_t e = pos::table_index(bi.form, x + sp.lo, bi.table_len);
+          if (e != entry) {
+            if (entry >= 0) y[entry] = S(double(y[entry]) + sum);
+            entry = e;
+            sum = 0;
+          }
+          for (int64_t b = 0; b < p.B; ++b)
+            for (int64_t hh = h; hh < (heads_out == 1 ? p.H : h + 1); ++hh)
+              for (int64_t q = 0; q < splits; ++q) sum += double(g_table[((b * p.H + hh) * splits + q) * sp.len + x]);
+        }
+        if (entry >= 0) y[entry] = S(double(y[entry]) + sum);
+      }
+    }
+  }
+};
+
+template <class E>
+void backward(const AttnBwdParams& a, const Runtime& rt, TileStats* stats) {
+  Backward<E>(a, rt, stats).run();
+}
+
+void attn_bwd(const AttnBwdParams& a, const Runtime& rt, TileStats* stats) {
+  if (a.fwd.dtype == DType::f64) return backward<OpF64>(a, rt, stats);
+#if defined(__AVX512BF16__)
+  if (a.fwd.dtype == DType::bf16) return backward<OpBF16>(a, rt, stats);
+#endif
+  backward<OpF32>(a, rt, stats);
+}
+
+}  // namespace
+}  // namespace fastpe::cpu::FASTPE_ISA

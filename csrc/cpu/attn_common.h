@@ -1,0 +1,478 @@
+// What the forward and the backward pass of attention share: the bias of one tile, the bound that skips tiles,
+// visibility of one tile, and packing of keys and values.
+//
+// Orientation: a tile is [keys][queries]. Queries sit in vector lanes, so row maxima, sums, row weights and row
+// offsets are vertical, and a key's position is a broadcast. Scores and biases inside a kernel are in units of
+// log2 e, so that exp2 serves; lse leaves in natural units.
+#pragma once
+
+#include <type_traits>
+
+#include "../core/tiles.h"
+#include "../pos/bias.h"
+#include "../pos/visible.h"
+#include "kernels.h"
+#include "rows.h"
+
+namespace fastpe::cpu::FASTPE_ISA {
+namespace {
+
+constexpr int64_t kBM = tiles::kBlockQ;
+constexpr int64_t kMaxBN = 128;
+template <class E> constexpr int64_t kBN = tiles::block_k(E::kPack == 2);
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.6931471805599453094;
+
+template <class S> constexpr S kInf = S(__builtin_inf());
+
+template <class S>
+FASTPE_INLINE const S* at(const Aux& a, int64_t b, int64_t h, int64_t n = 0) {
+  return a.p ? static_cast<const S*>(a.p) + b * a.sb + h * a.sh + n * a.sn : nullptr;
+}
+
+// Scratch memory cut into aligned pieces; the first pass with base == nullptr measures.
+struct Carver {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    used = (used + 63) / 64 * 64;
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += size_t(n) * sizeof(T);
+    return p;
+  }
+};
+
+// ---- tables over the distance ------------------------------------------------------------------------------------
+// A table form is expanded once per head to one number per offset t = I - j (clamps applied, log2 e folded in), with
+// room for the lanes a tile reads past the last row. Then the bias of 16 neighbouring queries is one load.
+
+struct TableSpan {
+  int64_t lo = 0, len = 0;  // offsets [lo, lo + len)
+};
+inline TableSpan table_span(const AttnParams& p) {
+  const int64_t n = p.Nq > p.Nk ? p.Nq : p.Nk;
+  return {-(n + kMaxBN + kBM), n + p.Nk + 2 * (kMaxBN + kBM) + 64};
+}
+
+// env[t]: the largest value on the far side of t: over t' >= t for t >= 0, over t' <= t for t < 0.
+template <class S>
+void expand_table(const Bias& bias, const AttnParams& p, int64_t h, S* e, S* env) {
+  const TableSpan sp = table_span(p);
+  const S* src = at<S>(bias.table, 0, h);
+  for (int64_t x = 0; x < sp.len; ++x) e[x] = src[pos::table_index(bias.form, x + sp.lo, bias.table_len)] * S(kLog2e);
+  const int64_t zero = -sp.lo;
+  S m = -kInf<S>;
+  for (int64_t x = sp.len - 1; x >= zero; --x) { m = e[x] > m ? e[x] : m; env[x] = m; }
+  m = -kInf<S>;
+  for (int64_t x = 0; x < zero; ++x) { m = e[x] > m ? e[x] : m; env[x] = m; }
+}
+
+// ---- bias of one head and of one tile -----------------------------------------------------------------------------
+
+enum class Kind { none, rank1, table, form };
+
+template <class S>
+struct HeadBias {
+  BiasForm form = BiasForm::none;
+  S p0 = 0, p1 = 0;
+  const S* gamma = nullptr;  // by local query row
+  int64_t gamma_step = 0;
+  const S *u = nullptr, *w = nullptr;
+  const double* base = nullptr;
+  const S *table = nullptr, *env = nullptr;  // pointing at offset t = 0
+
+  void init(const AttnParams& p, int64_t b, int64_t h, const S* expanded, const S* envelope) {
+    const Bias& s = p.bias;
+    form = s.form;
+    if (const S* q = at<S>(s.params, b, h)) { p0 = q[0]; p1 = q[1]; }
+    gamma = at<S>(s.gamma, b, h);
+    gamma_step = s.gamma.sn;
+    u = at<S>(s.u, b, h);
+    w = at<S>(s.w, b, h);
+    base = at<double>(s.base, b, h);
+    if (pos::is_table(form)) {
+      const TableSpan sp = table_span(p);
+      table = expanded - sp.lo;
+      env = envelope - sp.lo;
+    }
+  }
+};
+
+// The part of a rel_fn bias that belongs to a block of queries.
+template <class S>
+struct BlockBias {
+  alignas(64) S gm[kBM];       // row weight
+  alignas(64) S uloc[kBM];     // u = ubase + uloc
+  alignas(64) double ubase[kBM];
+
+  void init(const HeadBias<S>& hb, int64_t i0, int64_t rows, int64_t I0) {
+    if (!pos::is_rel_fn(hb.form)) return;
+    for (int64_t l = 0; l < kBM; ++l) {
+      const int64_t r = l < rows ? l : rows - 1;
+      gm[l] = hb.gamma ? hb.gamma[(i0 + r) * hb.gamma_step] : S(1);
+      if (hb.u) { uloc[l] = hb.u[i0 + r]; ubase[l] = 0; }
+      else if (hb.w) { uloc[l] = hb.w[I0 + r]; ubase[l] = hb.base ? hb.base[(I0 + r) / kPrefixBlock] : 0; }
+      else { uloc[l] = S(l); ubase[l] = double(I0); }
+    }
+  }
+};
+
+template <class S>
+struct TileBias {
+  Kind kind = Kind::none;
+  BiasForm form = BiasForm::none;
+  S p0 = 0, p1 = 0;
+  alignas(64) S r[kBM];  // rank1: b = r + g * y        form: u relative to the tile's anchor
+  alignas(64) S g[kBM];  //        in log2 units              row weight * log2 e
+  alignas(64) S y[kMaxBN];  // key position relative to the anchor, by key of the tile
+  const S* table = nullptr;  // at offset I0 - j0: lane l, key j reads table[l - j]
+  S ymin = 0, ymax = 0;
+
+  // Keys [j0 + js, j0 + je) of a tile whose anchor is j0.
+  void init(const HeadBias<S>& hb, const BlockBias<S>& bb, const AttnParams& p, int64_t I0, int64_t lanes, int64_t j0, int64_t js, int64_t je) {
+    form = hb.form;
+    kind = Kind::none;
+    if (form == BiasForm::none) return;
+    if (pos::is_table(form)) {
+      kind = Kind::table;
+      table = hb.table + (I0 - j0);
+      return;
+    }
+    p0 = hb.p0;
+    p1 = hb.p1;
+    S w0 = 0;
+    double wbase = double(j0);
+    if (hb.w) {
+      // Positions are taken relative to the tile's first key: large prefixes cancel before any product (bias.md 5.1).
+      w0 = hb.w[j0];
+      wbase = hb.base ? hb.base[j0 / kPrefixBlock] : 0;
+      S lo = kInf<S>, hi = -kInf<S>;
+      for (int64_t j = js; j < je; ++j) {
+        const S v = hb.w[j0 + j] - w0;
+        y[j] = v;
+        lo = v < lo ? v : lo;
+        hi = v > hi ? v : hi;
+      }
+      ymin = lo;
+      ymax = hi;
+    } else {
+      if (hb.u) wbase = 0, w0 = S(j0);
+      for (int64_t j = js; j < je; ++j) y[j] = S(j);
+      ymin = S(js);
+      ymax = S(je - 1);
+    }
+    S umin = kInf<S>, umax = -kInf<S>;
+    for (int64_t l = 0; l < lanes; ++l) r[l] = S(bb.ubase[l] - wbase) + (bb.uloc[l] - w0);
+    S a;  // rank1: b = a * gm * (u - y)
+    if (form == BiasForm::signed_) {
+      kind = Kind::rank1;
+      a = S(kLog2e);
+    } else {
+      kind = Kind::form;
+      a = 0;
+      if (form == BiasForm::linear) {
+        // One side of the diagonal only: linear in D. Under a causal mask on plain indices D < 0 is invisible.
+        for (int64_t l = 0; l < lanes; ++l) { umin = r[l] < umin ? r[l] : umin; umax = r[l] > umax ? r[l] : umax; }
+        const bool index_causal = p.vis.right == 1 && !hb.u && !hb.w;
+        if (index_causal || umin >= ymax) { kind = Kind::rank1; a = -p0 * S(kLog2e); }
+        else if (umax <= ymin) { kind = Kind::rank1; a = p1 * S(kLog2e); }
+      }
+    }
+    if (kind == Kind::rank1) {
+      for (int64_t l = 0; l < lanes; ++l) { const S t = a * bb.gm[l]; g[l] = -t; r[l] = t * r[l]; }
+    } else {
+      for (int64_t l = 0; l < lanes; ++l) g[l] = bb.gm[l] * S(kLog2e);
+    }
+  }
+
+  // An upper bound of the bias over the tile's keys, for one vector of queries.
+  FASTPE_INLINE Vec<S> upper(const HeadBias<S>& hb, int64_t l, int64_t I0, int64_t j_first, int64_t j_last) const {
+    using V = Vec<S>;
+    if (kind == Kind::rank1) {
+      const V gv = V::load(g + l);
+      return V::load(r + l) + max(gv * V(ymin), gv * V(ymax));
+    }
+    if (kind == Kind::table) {
+      const int64_t tmin = I0 - j_last, tmax = I0 + kBM - 1 - j_first;
+      if (tmin >= 0) return V::load(hb.env + tmin + l);
+      if (tmax < 0) return V::load(hb.env + (I0 - j_first) + l);
+      return V(kInf<S>);
+    }
+    V out = V(S(0));
+    if (kind == Kind::form)
+      pos::with_form(form, [&](auto phi) {
+        const V u = V::load(r + l), gv = V::load(g + l);
+        const V hi = pos::phi_max(phi, u - V(ymax), u - V(ymin), V(p0), V(p1));
+        const V lo = pos::phi_min(phi, u - V(ymax), u - V(ymin), V(p0), V(p1));
+        out = max(gv * hi, gv * lo);
+      });
+    return out;
+  }
+};
+
+// Bias of key j (index in the tile) for the vector of queries starting at lane l.
+template <Kind K, class Phi, class S>
+FASTPE_INLINE Vec<S> bias_at(const TileBias<S>& t, int64_t j, int64_t l, Vec<S> r, Vec<S> g) {
+  using V = Vec<S>;
+  if constexpr (K == Kind::none) return V(S(0));
+  if constexpr (K == Kind::rank1) return fma(g, V(t.y[j]), r);
+  if constexpr (K == Kind::table) return V::load(t.table + l - j);
+  if constexpr (K == Kind::form) return g * Phi::value(r - V(t.y[j]), V(t.p0), V(t.p1));
+}
+
+// Calls f(std::integral_constant-like kind tag, Phi) for the tile's kind.
+template <Kind K> struct KindTag { static constexpr Kind value = K; };
+template <class S, class Fn>
+FASTPE_INLINE void with_kind(const TileBias<S>& t, Fn&& f) {
+  switch (t.kind) {
+    case Kind::none: f(KindTag<Kind::none>{}, pos::Phi<BiasForm::signed_>{}); break;
+    case Kind::rank1: f(KindTag<Kind::rank1>{}, pos::Phi<BiasForm::signed_>{}); break;
+    case Kind::table: f(KindTag<Kind::table>{}, pos::Phi<BiasForm::signed_>{}); break;
+    case Kind::form: pos::with_form(t.form, [&](auto phi) { f(KindTag<Kind::form>{}, phi); }); break;
+  }
+}
+
+// ---- visibility ---------------------------------------------------------------------------------------------------
+
+template <class S>
+struct TileMask {
+  using I = typename Vec<S>::RawInt;
+  pos::Band band;
+  int64_t I0 = 0, j0 = 0;   // absolute index of lane 0 and of the tile's first key
+  bool by_index = false;    // index rules cut through this tile
+  const int32_t* k_ids = nullptr;  // by absolute key, when ids cut through this tile
+  const S* q_ids = nullptr;        // lanes, bit patterns of integers
+  const uint8_t* dense = nullptr;  // at (first row of the block, key 0)
+  int64_t dense_sn = 0, dense_sk = 0;
+  int64_t rows = 0;
+
+  bool partial() const { return by_index || k_ids || dense; }
+
+  // Lanes that see key j (index in the tile); l: first lane of the vector.
+  FASTPE_INLINE Mask<S> lanes(int64_t j, int64_t l) const {
+    using V = Vec<S>;
+    Mask<S> m{I{} - 1};
+    if (by_index) {
+      const pos::Range r = pos::rows_of_key(band, j0 + j);
+      const int64_t lo = r.lo - I0 - l, hi = r.hi - I0 - l;
+      const V idx = V::iota();
+      m = m & (idx >= V(S(lo < -1 ? -1 : lo > kBM ? kBM : lo))) & (idx < V(S(hi < -1 ? -1 : hi > kBM ? kBM : hi)));
+    }
+    if (k_ids) {
+      const int32_t id = k_ids[j0 + j];
+      if (id < 0) return Mask<S>{I{}};
+      I q;
+      std::memcpy(&q, q_ids + l, sizeof(q));
+      m = m & Mask<S>{q == (I{} + id)};
+    }
+    if (dense) {
+      I q;
+      for (int x = 0; x < V::kLanes; ++x) q[x] = l + x < rows && dense[(l + x) * dense_sn + (j0 + j) * dense_sk] ? -1 : 0;
+      m = m & Mask<S>{q};
+    }
+    return m;
+  }
+};
+
+// Smallest and largest id of every key tile and query block; a tile is hidden when the ranges do not meet.
+struct IdSpan {
+  int32_t lo, hi;
+};
+
+enum class TileClass { hidden, full, partial };
+
+// ---- the call as the kernels see it ------------------------------------------------------------------------------------
+
+template <class E>
+struct Call {
+  using S = typename E::S;
+  using U = typename E::U;
+  const AttnParams& p;
+  int64_t nq_blocks, nk_tiles, offset;  // offset = Nk - Nq
+  pos::Band band;
+  IdSpan *q_span = nullptr, *k_span = nullptr;  // (B, blocks), (B, tiles)
+  bool same_bias_heads;                          // one expanded table serves all heads
+  S *table = nullptr, *env = nullptr;            // (heads, span)
+
+  explicit Call(const AttnParams& params)
+      : p(params),
+        nq_blocks(tiles::ceil_div(params.Nq, kBM)),
+        nk_tiles(tiles::ceil_div(params.Nk, kBN<E>)),
+        offset(params.Nk - params.Nq),
+        band{params.vis.left, params.vis.right, params.vis.sinks},
+        same_bias_heads(params.bias.table.sh == 0) {}
+
+  int64_t table_heads() const { return pos::is_table(p.bias.form) ? (same_bias_heads ? 1 : p.H) : 0; }
+
+  void carve(Carver& c) {
+    if (p.vis.k_ids) {
+      q_span = c.take<IdSpan>(p.B * nq_blocks);
+      k_span = c.take<IdSpan>(p.B * nk_tiles);
+    }
+    if (int64_t n = table_heads()) {
+      const int64_t len = table_span(p).len;
+      table = c.take<S>(n * len);
+      env = c.take<S>(n * len);
+    }
+  }
+
+  void prepare() {
+    for (int64_t h = 0, len = table_span(p).len; h < table_heads(); ++h) expand_table<S>(p.bias, p, h, table + h * len, env + h * len);
+    if (!p.vis.k_ids) return;
+    for (int64_t b = 0; b < p.B; ++b) {
+      spans(p.vis.q_ids + b * p.vis.q_ids_sb, p.Nq, kBM, q_span + b * nq_blocks);
+      spans(p.vis.k_ids + b * p.vis.k_ids_sb, p.Nk, kBN<E>, k_span + b * nk_tiles);
+    }
+  }
+  static void spans(const int32_t* id, int64_t n, int64_t block, IdSpan* out) {
+    for (int64_t i0 = 0; i0 < n; i0 += block) {
+      IdSpan s{INT32_MAX, INT32_MIN};
+      for (int64_t i = i0; i < n && i < i0 + block; ++i) {
+        if (id[i] < s.lo) s.lo = id[i];
+        if (id[i] > s.hi) s.hi = id[i];
+      }
+      *out++ = s;
+    }
+  }
+
+  const S* table_of(int64_t h) const { return table ? table + (same_bias_heads ? 0 : h) * table_span(p).len : nullptr; }
+  const S* env_of(int64_t h) const { return env ? env + (same_bias_heads ? 0 : h) * table_span(p).len : nullptr; }
+
+  // Keys [js, je) of tile t (relative to its start, js at a whole operand unit) that block qb may see, and how.
+  TileClass classify(int64_t b, int64_t h, int64_t qb, int64_t t, int64_t& js, int64_t& je, TileMask<S>& m) const {
+    const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM;
+    const int64_t I0 = i0 + offset, j0 = t * kBN<E>, j1 = j0 + kBN<E> < p.Nk ? j0 + kBN<E> : p.Nk;
+    const pos::Range r = pos::keys_in_tile(band, I0, I0 + rows, j0, j1);
+    if (r.lo >= r.hi) return TileClass::hidden;
+    js = (r.lo - j0) / E::kPack * E::kPack;
+    je = r.hi - j0;
+    m.band = band;
+    m.I0 = I0;
+    m.j0 = j0;
+    m.rows = rows;
+    m.by_index = !pos::tile_full(band, I0, I0 + rows, j0 + js, r.hi);
+    m.k_ids = nullptr;
+    m.dense = nullptr;
+    if (p.vis.k_ids) {
+      const IdSpan q = q_span[b * nq_blocks + qb], k = k_span[b * nk_tiles + t];
+      if (q.hi < k.lo || k.hi < q.lo || k.hi < 0) return TileClass::hidden;
+      if (!(q.lo == q.hi && k.lo == k.hi && k.lo >= 0)) m.k_ids = p.vis.k_ids + b * p.vis.k_ids_sb;
+    }
+    if (p.vis.mask) {
+      m.dense = p.vis.mask + b * p.vis.mask_sb + h * p.vis.mask_sh + i0 * p.vis.mask_sn;
+      m.dense_sn = p.vis.mask_sn;
+      m.dense_sk = p.vis.mask_sk;
+    }
+    return m.partial() ? TileClass::partial : TileClass::full;
+  }
+
+  // Ids of the block's rows as lane bit patterns; lanes past the last row get an id no visible key has.
+  void load_q_ids(int64_t b, int64_t i0, int64_t rows, S* out) const {
+    using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+    for (int64_t l = 0; l < kBM; ++l) {
+      Int id = p.vis.q_ids && l < rows ? p.vis.q_ids[b * p.vis.q_ids_sb + i0 + l] : -1;
+      std::memcpy(out + l, &id, sizeof(S));
+    }
+  }
+};
+
+// Order in which a block of queries walks the key tiles: from its last visible tile back to the first one (near to
+// far for causal calls, which lets a decaying bias skip the far ones), then forward through what lies after the
+// diagonal. f(tile) for each.
+template <class E, class Fn>
+FASTPE_INLINE void walk_tiles(const Call<E>& c, int64_t qb, Fn&& f) {
+  const int64_t i0 = qb * kBM, rows = c.p.Nq - i0 < kBM ? c.p.Nq - i0 : kBM;
+  const int64_t I0 = i0 + c.offset, I1 = I0 + rows;
+  const pos::Range w = pos::window_of_rows(c.band, I0, I1, c.p.Nk);
+  const int64_t t_hi = w.hi > w.lo ? tiles::ceil_div(w.hi, kBN<E>) : 0;
+  int64_t t_lo = w.lo / kBN<E>;
+  int64_t mid = (I1 - 1) / kBN<E> + 1;
+  if (I1 <= 0) mid = 0;
+  if (mid > t_hi) mid = t_hi;
+  if (mid < t_lo) mid = t_lo;
+  if (t_hi > 0) {
+    for (int64_t t = mid - 1; t >= t_lo; --t) f(t);
+    for (int64_t t = mid; t < t_hi; ++t) f(t);
+  } else {
+    t_lo = 0;
+  }
+  if (c.band.left > 0 && c.band.sinks > 0) {
+    int64_t s_hi = tiles::ceil_div(c.band.sinks < c.p.Nk ? c.band.sinks : c.p.Nk, kBN<E>);
+    if (t_hi > 0 && s_hi > t_lo) s_hi = t_lo;
+    for (int64_t t = s_hi - 1; t >= 0; --t) f(t);
+  }
+}
+
+// ---- keys and values -----------------------------------------------------------------------------------------------------
+
+// Packed forms of one (batch, kv head). Which ones exist depends on the pass.
+template <class E>
+struct KVPack {
+  using U = typename E::U;
+  using S = typename E::S;
+  U* k_rows = nullptr;  // A: (Nk, D/kPack)          scores
+  U* v_rows = nullptr;  // A: (Nk, Dv/kPack)         dP
+  U* k_cols = nullptr;  // A: (tiles, D, BN/kPack)   dQ
+  U* v_cols = nullptr;  // A: (tiles, Dv, BN/kPack)  O
+  S* k_norm = nullptr;  // (tiles) upper bound of |k_j| over the tile
+
+  void carve(Carver& c, const AttnParams& p, int64_t nt, bool rows_v, bool cols_k, bool cols_v) {
+    constexpr int64_t units = kBN<E> / E::kPack;
+    k_rows = c.take<U>(p.Nk * (p.D / E::kPack));
+    if (rows_v) v_rows = c.take<U>(p.Nk * (p.Dv / E::kPack));
+    if (cols_k) k_cols = c.take<U>(nt * p.D * units);
+    if (cols_v) v_cols = c.take<U>(nt * p.Dv * units);
+    k_norm = c.take<S>(nt);
+  }
+
+  // Packs tile t; rows: scratch of BN x max(D, Dv) scalars.
+  void pack(const AttnParams& p, int64_t b, int64_t hk, int64_t t, S* rows) const {
+    constexpr int64_t units = kBN<E> / E::kPack;
+    const int64_t j0 = t * kBN<E>, n = p.Nk - j0 < kBN<E> ? p.Nk - j0 : kBN<E>;
+    S biggest = 0;
+    bool nan = false;
+    for (int64_t j = 0; j < n; ++j) {
+      S* row = rows + j * p.D;
+      load_row(row, p.k, p.dtype, b, hk, j0 + j, p.D);
+      if (p.k_rope.cos) rotate_row(row, p.k_rope, p.rope_pairs, p.rope_layout, false, b, hk, j0 + j);
+      const S q = norm2(row, p.D);
+      if (q > biggest) biggest = q;
+      nan |= q != q;
+      pack_row<E>(k_rows + (j0 + j) * (p.D / E::kPack), row, p.D);
+    }
+    // Rounding of operands to bf16 moves a norm by less than 2^-8.
+    k_norm[t] = nan ? kInf<S> : S(__builtin_sqrt(double(biggest))) * S(E::kPack == 2 ? 1.01 : 1.0001);
+    if (k_cols) pack_columns<E>(k_cols + t * p.D * units, units, rows, p.D, n, units, p.D);
+    for (int64_t j = 0; j < n; ++j) {
+      S* row = rows + j * p.Dv;
+      load_row(row, p.v, p.dtype, b, hk, j0 + j, p.Dv);
+      if (v_rows) pack_row<E>(v_rows + (j0 + j) * (p.Dv / E::kPack), row, p.Dv);
+    }
+    if (v_cols) pack_columns<E>(v_cols + t * p.Dv * units, units, rows, p.Dv, n, units, p.Dv);
+  }
+};
+
+// How many kv heads to pack at a time: as many as fit a budget, at least one per worker.
+inline int64_t wave_heads(int64_t bytes_each, int64_t total, int threads, int64_t budget) {
+  int64_t n = budget / (bytes_each > 0 ? bytes_each : 1);
+  if (n < threads) n = threads;
+  return n < total ? n : total;
+}
+
+// Softmax-scale of the block's rows in log2 units, and the rows' |q| times that: what |score| cannot exceed per |k|.
+template <class S>
+struct BlockScale {
+  alignas(64) S c[kBM];    // scale * row_scale * log2 e
+  alignas(64) S rho[kBM];  // scale * row_scale
+  alignas(64) S qn[kBM];   // |q| * |c|
+};
+
+// log2 of the probability all skipped tiles of a row may hold, spread over the keys.
+inline double skip_log2(const AttnParams& p) {
+  if (!(p.skip_eps > 0) || p.bias.form == BiasForm::none || p.softcap > 0) return -__builtin_inf();
+  return __builtin_log2(p.skip_eps) - __builtin_log2(double(p.Nk > 1 ? p.Nk : 1));
+}
+
+}  // namespace
+}  // namespace fastpe::cpu::FASTPE_ISA

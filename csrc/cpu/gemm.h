@@ -1,0 +1,95 @@
+// The one product of all kernels:  C[m][n] (+)= sum_k A[m][k] * B[k][n].
+//
+// A is row-major in operand units and enters by broadcast, B has its n axis in vector lanes. A unit is one scalar, or
+// for bf16 a pair of neighbours in k packed into 32 bits, so that one vdpbf16ps does two steps of k and the loop is
+// the same. The attention kernels keep queries (or channels) in the lanes, which leaves every softmax step vertical.
+#pragma once
+
+#include "simd.h"
+
+namespace fastpe::cpu::FASTPE_ISA {
+namespace {
+
+// Operand types of a product. S: score scalar, U: operand unit, kPack: scalars in a unit.
+struct OpF32 {
+  using S = float;
+  using U = float;
+  static constexpr int kPack = 1;
+  using BVec = VF;
+  static FASTPE_INLINE BVec load_b(const U* p) { return VF::load(p); }
+  static FASTPE_INLINE BVec bcast(const U* p) { return VF(*p); }
+  static FASTPE_INLINE VF mac(VF acc, BVec a, BVec b) { return fma(a, b, acc); }
+};
+
+struct OpF64 {
+  using S = double;
+  using U = double;
+  static constexpr int kPack = 1;
+  using BVec = VD;
+  static FASTPE_INLINE BVec load_b(const U* p) { return VD::load(p); }
+  static FASTPE_INLINE BVec bcast(const U* p) { return VD(*p); }
+  static FASTPE_INLINE VD mac(VD acc, BVec a, BVec b) { return fma(a, b, acc); }
+};
+
+#if defined(__AVX512BF16__)
+struct OpBF16 {
+  using S = float;
+  using U = uint32_t;
+  static constexpr int kPack = 2;
+  struct BVec { __m512i v; };
+  static FASTPE_INLINE BVec load_b(const U* p) { return {_mm512_loadu_si512(p)}; }
+  static FASTPE_INLINE BVec bcast(const U* p) { return {_mm512_set1_epi32(int(*p))}; }
+  static FASTPE_INLINE VF mac(VF acc, BVec a, BVec b) {
+    return VF(VF::Raw(_mm512_dpbf16_ps(__m512(acc.v), (__m512bh)a.v, (__m512bh)b.v)));
+  }
+};
+#endif
+
+template <class E, int MR, int NV, bool Acc>
+FASTPE_INLINE void micro(const typename E::U* a, int64_t lda, const typename E::U* b, int64_t ldb, typename E::S* c, int64_t ldc, int64_t K) {
+  using V = Vec<typename E::S>;
+  constexpr int L = V::kLanes;
+  V acc[MR][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[r][n] = Acc ? V::load(c + r * ldc + n * L) : V(typename E::S(0));
+  for (int64_t k = 0; k < K; ++k) {
+    typename E::BVec bv[NV];
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) bv[n] = E::load_b(b + k * ldb + n * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const typename E::BVec av = E::bcast(a + r * lda + k);
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) acc[r][n] = E::mac(acc[r][n], av, bv[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[r][n].store(c + r * ldc + n * L);
+}
+
+template <class E, int NV, bool Acc>
+__attribute__((noinline)) void gemm_cols(const typename E::U* a, int64_t lda, const typename E::U* b, int64_t ldb, typename E::S* c, int64_t ldc, int64_t M, int64_t K) {
+  int64_t m = 0;
+  for (; m + 6 <= M; m += 6) micro<E, 6, NV, Acc>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, K);
+  if (m + 4 <= M) { micro<E, 4, NV, Acc>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, K); m += 4; }
+  if (m + 2 <= M) { micro<E, 2, NV, Acc>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, K); m += 2; }
+  if (m < M) micro<E, 1, NV, Acc>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, K);
+}
+
+// N is a multiple of the vector length; K counts units.
+template <class E, bool Acc>
+FASTPE_INLINE void gemm(const typename E::U* a, int64_t lda, const typename E::U* b, int64_t ldb, typename E::S* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
+  constexpr int L = Vec<typename E::S>::kLanes;
+  int64_t n = 0;
+  for (; n + kNV * L <= N; n += kNV * L) gemm_cols<E, kNV, Acc>(a, lda, b + n, ldb, c + n, ldc, M, K);
+  if constexpr (kNV > 2)
+    if (n + 2 * L <= N) { gemm_cols<E, 2, Acc>(a, lda, b + n, ldb, c + n, ldc, M, K); n += 2 * L; }
+  if (n + L <= N) gemm_cols<E, 1, Acc>(a, lda, b + n, ldb, c + n, ldc, M, K);
+}
+
+}  // namespace
+}  // namespace fastpe::cpu::FASTPE_ISA

@@ -1,0 +1,23 @@
+// Everything one instruction set provides. Compiled once per ISA with FASTPE_ISA set to its name and the flags that go
+// with it; exports one symbol, the table below.
+#include "kernels.h"
+
+#include "attn_bwd.cpp"
+#include "attn_fwd.cpp"
+#include "prefix.cpp"
+#include "rotate.cpp"
+
+#define FASTPE_CAT_(a, b) a##b
+#define FASTPE_CAT(a, b) FASTPE_CAT_(a, b)
+#define FASTPE_STR_(a) #a
+#define FASTPE_STR(a) FASTPE_STR_(a)
+
+extern const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA);
+__attribute__((visibility("hidden"))) const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA) = {
+    FASTPE_STR(FASTPE_ISA),
+    fastpe::cpu::FASTPE_ISA::attn_fwd,
+    fastpe::cpu::FASTPE_ISA::attn_bwd,
+    fastpe::cpu::FASTPE_ISA::rotate,
+    fastpe::cpu::FASTPE_ISA::rope_table,
+    fastpe::cpu::FASTPE_ISA::prefix_sum,
+};

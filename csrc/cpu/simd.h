@@ -1,0 +1,288 @@
+// One vector of the widest registers of the ISA this file is compiled for, over GCC/Clang vector extensions.
+//
+// The struct around the raw vector matters twice: unqualified calls on raw vectors are not found at template
+// instantiation, and a function that takes the struct by value keeps the value in a register.
+// Everything is always_inline and sits in a per-ISA namespace, so nothing compiled for one ISA can be picked by the
+// linker for another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FASTPE_INLINE inline __attribute__((always_inline))
+
+namespace fastpe::cpu::FASTPE_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+constexpr int kNV = 4;  // vectors of a micro-kernel's row: 6 x 4 accumulators + 4 operands of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+constexpr int kNV = 2;  // 6 x 2 accumulators + 2 operands of 16 registers
+#else
+constexpr int kVecBytes = 16;
+constexpr int kNV = 2;
+#endif
+
+// Concrete vector types: GCC drops vector_size from a type that depends on a template parameter in some signatures.
+template <class S> struct RawOf;
+template <> struct RawOf<float> {
+  typedef float F __attribute__((vector_size(kVecBytes)));
+  typedef int32_t I __attribute__((vector_size(kVecBytes)));
+  typedef float U __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+};
+template <> struct RawOf<double> {
+  typedef double F __attribute__((vector_size(kVecBytes)));
+  typedef int64_t I __attribute__((vector_size(kVecBytes)));
+  typedef double U __attribute__((vector_size(kVecBytes), aligned(8), may_alias));
+};
+
+template <class S>
+struct Vec {
+  using Scalar = S;
+  static constexpr int kLanes = kVecBytes / int(sizeof(S));
+  using Raw = typename RawOf<S>::F;
+  using RawInt = typename RawOf<S>::I;
+  using RawU = typename RawOf<S>::U;
+  Raw v;
+
+  FASTPE_INLINE Vec() {}
+  FASTPE_INLINE Vec(Raw r) : v(r) {}
+  FASTPE_INLINE Vec(S x) : v(Raw{} + x) {}
+  static FASTPE_INLINE Vec load(const S* p) { return Vec(Raw(*reinterpret_cast<const RawU*>(p))); }
+  FASTPE_INLINE void store(S* p) const { *reinterpret_cast<RawU*>(p) = v; }
+  // 0, 1, 2, ...
+  static FASTPE_INLINE Vec iota() {
+    Raw r;
+    for (int l = 0; l < kLanes; ++l) r[l] = S(l);
+    return Vec(r);
+  }
+  friend FASTPE_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+  friend FASTPE_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+  friend FASTPE_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+  friend FASTPE_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  FASTPE_INLINE Vec operator-() const { return Vec(-v); }
+};
+
+// Lane masks: all bits of a lane set or clear.
+template <class S>
+struct Mask {
+  using RawInt = typename Vec<S>::RawInt;
+  RawInt m;
+  friend FASTPE_INLINE Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
+  friend FASTPE_INLINE Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
+};
+template <class S> FASTPE_INLINE Mask<S> operator<(Vec<S> a, Vec<S> b) { return {a.v < b.v}; }
+template <class S> FASTPE_INLINE Mask<S> operator>(Vec<S> a, Vec<S> b) { return {a.v > b.v}; }
+template <class S> FASTPE_INLINE Mask<S> operator>=(Vec<S> a, Vec<S> b) { return {a.v >= b.v}; }
+template <class S> FASTPE_INLINE Mask<S> operator==(Vec<S> a, Vec<S> b) { return {a.v == b.v}; }
+template <class S> FASTPE_INLINE Vec<S> select(Mask<S> m, Vec<S> a, Vec<S> b) { return Vec<S>(m.m ? a.v : b.v); }
+template <class S> FASTPE_INLINE bool any(Mask<S> m) {
+  bool r = false;
+  for (int l = 0; l < Vec<S>::kLanes; ++l) r |= m.m[l] != 0;
+  return r;
+}
+
+using VF = Vec<float>;
+using VD = Vec<double>;
+
+// a * b + c
+FASTPE_INLINE VF fma(VF a, VF b, VF c) {
+#if defined(__AVX512F__)
+  return VF(VF::Raw(_mm512_fmadd_ps(__m512(a.v), __m512(b.v), __m512(c.v))));
+#elif defined(__FMA__)
+  return VF(VF::Raw(_mm256_fmadd_ps(__m256(a.v), __m256(b.v), __m256(c.v))));
+#else
+  return VF(a.v * b.v + c.v);
+#endif
+}
+FASTPE_INLINE VD fma(VD a, VD b, VD c) {
+#if defined(__AVX512F__)
+  return VD(VD::Raw(_mm512_fmadd_pd(__m512d(a.v), __m512d(b.v), __m512d(c.v))));
+#elif defined(__FMA__)
+  return VD(VD::Raw(_mm256_fmadd_pd(__m256d(a.v), __m256d(b.v), __m256d(c.v))));
+#else
+  return VD(a.v * b.v + c.v);
+#endif
+}
+
+// max(a, b) is b when either is NaN: max(constant, x) and max(state, x) keep a NaN of x.
+FASTPE_INLINE VF max(VF a, VF b) {
+#if defined(__AVX512F__)
+  return VF(VF::Raw(_mm512_max_ps(__m512(a.v), __m512(b.v))));
+#elif defined(__AVX2__)
+  return VF(VF::Raw(_mm256_max_ps(__m256(a.v), __m256(b.v))));
+#elif defined(__SSE2__)
+  return VF(VF::Raw(_mm_max_ps(__m128(a.v), __m128(b.v))));
+#else
+  return VF(a.v > b.v ? a.v : b.v);
+#endif
+}
+FASTPE_INLINE VD max(VD a, VD b) { return VD(a.v > b.v ? a.v : b.v); }
+template <class S> FASTPE_INLINE Vec<S> min(Vec<S> a, Vec<S> b) { return Vec<S>(a.v < b.v ? a.v : b.v); }
+FASTPE_INLINE VF abs(VF a) {
+  return VF(VF::Raw(VF::RawInt(a.v) & 0x7fffffff));
+}
+FASTPE_INLINE VD abs(VD a) { return VD(VD::Raw(VD::RawInt(a.v) & 0x7fffffffffffffffll)); }
+
+template <class S> FASTPE_INLINE S reduce_add(Vec<S> a) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_reduce_add_ps(__m512(a.v));
+  else return _mm512_reduce_add_pd(__m512d(a.v));
+#else
+  S s = 0;
+  for (int l = 0; l < Vec<S>::kLanes; ++l) s += a.v[l];
+  return s;
+#endif
+}
+
+// 2^x for x <= 128; exactly 0 below -126 (also for -inf), NaN stays NaN. Relative error 1.5e-7.
+FASTPE_INLINE VF exp2(VF x) {
+  // Minimax polynomial of degree 5 with c0 = 1 for 2^f on [-1/2, 1/2], relative error 9.2e-8.
+  const VF c5(1.326472725e-3f), c4(9.671512688e-3f), c3(5.550733744e-2f), c2(2.402224208e-1f), c1(6.931469776e-1f), c0(1.0f);
+#if defined(__AVX512F__)
+  const __m512 xr = __m512(x.v);
+  const __mmask16 keep = _mm512_cmp_ps_mask(xr, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
+  const VF n(VF::Raw(_mm512_roundscale_ps(xr, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)));
+  const VF f = x - n;
+  VF p = fma(c5, f, c4);
+  p = fma(p, f, c3);
+  p = fma(p, f, c2);
+  p = fma(p, f, c1);
+  p = fma(p, f, c0);
+  return VF(VF::Raw(_mm512_maskz_scalef_ps(keep, __m512(p.v), __m512(n.v))));
+#else
+  const VF magic(12582912.f);  // 1.5 * 2^23: its sum with x holds round(x) in the low mantissa bits
+  const VF xc = max(VF(-126.f), x);
+  const VF t = xc + magic;
+  const VF f = xc - (t - magic);
+  VF p = fma(c5, f, c4);
+  p = fma(p, f, c3);
+  p = fma(p, f, c2);
+  p = fma(p, f, c1);
+  p = fma(p, f, c0);
+  const VF r(VF::Raw(VF::RawInt(p.v) + (VF::RawInt(t.v) << 23)));
+  const VF z = select(x < VF(-126.f), VF(0.f), r);
+  return select(x == x, z, x);
+#endif
+}
+FASTPE_INLINE VD exp2(VD x) {
+  for (int l = 0; l < VD::kLanes; ++l) x.v[l] = __builtin_exp2(x.v[l]);
+  return x;
+}
+
+template <class S> FASTPE_INLINE Vec<S> map_scalar(Vec<S> x, S (*f)(S)) {
+  for (int l = 0; l < Vec<S>::kLanes; ++l) x.v[l] = f(x.v[l]);
+  return x;
+}
+// Only forms that no table serves (arbitrary positions) reach these; they go through libm lane by lane.
+FASTPE_INLINE VF log1p(VF x) { return map_scalar<float>(x, __builtin_log1pf); }
+FASTPE_INLINE VD log1p(VD x) { return map_scalar<double>(x, __builtin_log1p); }
+FASTPE_INLINE VF log(VF x) { return map_scalar<float>(x, __builtin_logf); }
+FASTPE_INLINE VD log(VD x) { return map_scalar<double>(x, __builtin_log); }
+FASTPE_INLINE VF tanh(VF x) { return map_scalar<float>(x, __builtin_tanhf); }
+FASTPE_INLINE VD tanh(VD x) { return map_scalar<double>(x, __builtin_tanh); }
+FASTPE_INLINE VF pow(VF x, VF y) {
+  for (int l = 0; l < VF::kLanes; ++l) x.v[l] = __builtin_powf(x.v[l], y.v[l]);
+  return x;
+}
+FASTPE_INLINE VD pow(VD x, VD y) {
+  for (int l = 0; l < VD::kLanes; ++l) x.v[l] = __builtin_pow(x.v[l], y.v[l]);
+  return x;
+}
+
+// ---- 16-bit storage types ------------------------------------------------------------------------------------
+
+FASTPE_INLINE float bf16_to_float(uint16_t h) {
+  const uint32_t u = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+FASTPE_INLINE uint16_t float_to_bf16(float f) {  // nearest, ties to even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 0x40);
+  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+FASTPE_INLINE float f16_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, mag = h & 0x7fff;
+  uint32_t u;
+  if (mag >= 0x7c00) u = sign | 0x7f800000u | (mag & 0x3ff) << 13;
+  else {
+    // Scaling by 2^112 in float turns the half's exponent bias into float's, subnormals included.
+    const uint32_t s = mag << 13;
+    float f;
+    std::memcpy(&f, &s, 4);
+    f *= 5.192296858534828e33f;
+    std::memcpy(&u, &f, 4);
+    u |= sign;
+  }
+  float r;
+  std::memcpy(&r, &u, 4);
+  return r;
+#endif
+}
+FASTPE_INLINE uint16_t float_to_f16(float f) {
+#if defined(__F16C__)
+  return uint16_t(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffffu;
+  if (u > 0x7f800000u) return uint16_t(sign | 0x7e00);
+  if (u >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // rounds to 65520 or more
+  if (u < 0x38800000u) {  // subnormal half: adding 0.5 leaves the rounded mantissa in the low bits
+    float a;
+    std::memcpy(&a, &u, 4);
+    a += 0.5f;
+    uint32_t b;
+    std::memcpy(&b, &a, 4);
+    return uint16_t(sign | (b - 0x3f000000u));
+  }
+  return uint16_t(sign | ((u - 0x38000000u + 0xfff + ((u >> 13) & 1)) >> 13));
+#endif
+}
+
+#if defined(__AVX512F__)
+FASTPE_INLINE VF load_bf16(const uint16_t* p) {
+  return VF(VF::Raw(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))));
+}
+FASTPE_INLINE VF load_f16(const uint16_t* p) { return VF(VF::Raw(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)))); }
+FASTPE_INLINE __m256i to_bf16(VF x) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(__m512(x.v));
+#else
+  const __m512i u = _mm512_castps_si512(__m512(x.v));
+  const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1))));
+  const __mmask16 nan = _mm512_cmp_ps_mask(__m512(x.v), __m512(x.v), _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000)), 16));
+#endif
+}
+FASTPE_INLINE void store_bf16(uint16_t* p, VF x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
+FASTPE_INLINE void store_f16(uint16_t* p, VF x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(__m512(x.v), _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__AVX2__)
+FASTPE_INLINE VF load_bf16(const uint16_t* p) {
+  return VF(VF::Raw(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))));
+}
+FASTPE_INLINE VF load_f16(const uint16_t* p) { return VF(VF::Raw(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)))); }
+FASTPE_INLINE void store_bf16(uint16_t* p, VF x) { for (int l = 0; l < 8; ++l) p[l] = float_to_bf16(x.v[l]); }
+FASTPE_INLINE void store_f16(uint16_t* p, VF x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__m256(x.v), _MM_FROUND_TO_NEAREST_INT)); }
+#else
+FASTPE_INLINE VF load_bf16(const uint16_t* p) { VF x; for (int l = 0; l < VF::kLanes; ++l) x.v[l] = bf16_to_float(p[l]); return x; }
+FASTPE_INLINE VF load_f16(const uint16_t* p) { VF x; for (int l = 0; l < VF::kLanes; ++l) x.v[l] = f16_to_float(p[l]); return x; }
+FASTPE_INLINE void store_bf16(uint16_t* p, VF x) { for (int l = 0; l < VF::kLanes; ++l) p[l] = float_to_bf16(x.v[l]); }
+FASTPE_INLINE void store_f16(uint16_t* p, VF x) { for (int l = 0; l < VF::kLanes; ++l) p[l] = float_to_f16(x.v[l]); }
+#endif
+
+}  // namespace
+}  // namespace fastpe::cpu::FASTPE_ISA

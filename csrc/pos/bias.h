@@ -1,0 +1,116 @@
+// The bias forms that are a function of D = u_i - w_j (rel_fn), each stated once: value, derivative in D and
+// derivatives in the two numbers p0, p1. methods: ALiBi, BiPE (linear), Cable and forgetting gates (signed),
+// bidirectional Cable (abs), KERPLE on free positions (log, power), kernel Cable (logsq).
+//
+// V is a float, a double or a SIMD vector; fma, max, abs, log1p, log, pow and select are found next to V.
+// The row weight g multiplies outside: b = g * phi(D).
+#pragma once
+
+#include "../core/hd.h"
+#include "../core/params.h"
+
+namespace fastpe::pos {
+
+template <BiasForm F>
+struct Phi;
+
+template <>
+struct Phi<BiasForm::linear> {
+  template <class V> static FASTPE_HD V value(V d, V p0, V p1) { return p1 * min(d, V(0)) - p0 * max(d, V(0)); }
+  template <class V> static FASTPE_HD V slope(V d, V p0, V p1) { return select(d > V(0), V(0) - p0, select(d < V(0), p1, V(0))); }
+  template <class V> static FASTPE_HD V d_p0(V d, V, V) { return V(0) - max(d, V(0)); }
+  template <class V> static FASTPE_HD V d_p1(V d, V, V) { return min(d, V(0)); }
+};
+
+template <>
+struct Phi<BiasForm::signed_> {
+  template <class V> static FASTPE_HD V value(V d, V, V) { return d; }
+  template <class V> static FASTPE_HD V slope(V, V, V) { return V(1); }
+  template <class V> static FASTPE_HD V d_p0(V, V, V) { return V(0); }
+  template <class V> static FASTPE_HD V d_p1(V, V, V) { return V(0); }
+};
+
+template <>
+struct Phi<BiasForm::abs> {
+  template <class V> static FASTPE_HD V value(V d, V, V) { return V(0) - abs(d); }
+  template <class V> static FASTPE_HD V slope(V d, V, V) { return select(d > V(0), V(-1), select(d < V(0), V(1), V(0))); }
+  template <class V> static FASTPE_HD V d_p0(V, V, V) { return V(0); }
+  template <class V> static FASTPE_HD V d_p1(V, V, V) { return V(0); }
+};
+
+// -p0 log(1 + p1 |D|)
+template <>
+struct Phi<BiasForm::log> {
+  template <class V> static FASTPE_HD V value(V d, V p0, V p1) { return V(0) - p0 * log1p(p1 * abs(d)); }
+  template <class V> static FASTPE_HD V slope(V d, V p0, V p1) {
+    const V s = p0 * p1 / (V(1) + p1 * abs(d));
+    return select(d > V(0), V(0) - s, select(d < V(0), s, V(0)));
+  }
+  template <class V> static FASTPE_HD V d_p0(V d, V, V p1) { return V(0) - log1p(p1 * abs(d)); }
+  template <class V> static FASTPE_HD V d_p1(V d, V p0, V p1) { return V(0) - p0 * abs(d) / (V(1) + p1 * abs(d)); }
+};
+
+// -p0 |D|^p1; value and derivatives are 0 at D = 0
+template <>
+struct Phi<BiasForm::power> {
+  template <class V> static FASTPE_HD V safe(V d) { return select(abs(d) > V(0), abs(d), V(1)); }
+  template <class V> static FASTPE_HD V off_zero(V d, V x) { return select(abs(d) > V(0), x, V(0)); }
+  template <class V> static FASTPE_HD V value(V d, V p0, V p1) { return off_zero(d, V(0) - p0 * pow(safe(d), p1)); }
+  template <class V> static FASTPE_HD V slope(V d, V p0, V p1) {
+    const V s = p0 * p1 * pow(safe(d), p1 - V(1));
+    return select(d > V(0), V(0) - s, select(d < V(0), s, V(0)));
+  }
+  template <class V> static FASTPE_HD V d_p0(V d, V, V p1) { return off_zero(d, V(0) - pow(safe(d), p1)); }
+  template <class V> static FASTPE_HD V d_p1(V d, V p0, V p1) { return V(0) - p0 * pow(safe(d), p1) * log(safe(d)) * off_zero(d, V(1)); }
+};
+
+template <>
+struct Phi<BiasForm::logsq> {
+  template <class V> static FASTPE_HD V value(V d, V, V) { return V(0) - log1p(d * d); }
+  template <class V> static FASTPE_HD V slope(V d, V, V) { return V(-2) * d / (V(1) + d * d); }
+  template <class V> static FASTPE_HD V d_p0(V, V, V) { return V(0); }
+  template <class V> static FASTPE_HD V d_p1(V, V, V) { return V(0); }
+};
+
+// Calls f(Phi<form>) for a rel_fn form.
+template <class Fn>
+FASTPE_HD void with_form(BiasForm form, Fn&& f) {
+  switch (form) {
+    case BiasForm::linear: f(Phi<BiasForm::linear>{}); break;
+    case BiasForm::signed_: f(Phi<BiasForm::signed_>{}); break;
+    case BiasForm::abs: f(Phi<BiasForm::abs>{}); break;
+    case BiasForm::log: f(Phi<BiasForm::log>{}); break;
+    case BiasForm::power: f(Phi<BiasForm::power>{}); break;
+    case BiasForm::logsq: f(Phi<BiasForm::logsq>{}); break;
+    default: break;
+  }
+}
+
+constexpr FASTPE_HD bool is_rel_fn(BiasForm f) { return f >= BiasForm::linear && f <= BiasForm::logsq; }
+constexpr FASTPE_HD bool is_table(BiasForm f) { return f == BiasForm::table || f == BiasForm::table_causal; }
+
+// Index into a table form for the offset t = I - j.
+constexpr FASTPE_HD int64_t table_index(BiasForm f, int64_t t, int64_t len) {
+  if (f == BiasForm::table_causal) return t < 0 ? 0 : (t < len ? t : len - 1);
+  const int64_t r = (len - 1) / 2;
+  return t > r ? 0 : (t < -r ? 2 * r : r - t);
+}
+static_assert(table_index(BiasForm::table, 0, 5) == 2 && table_index(BiasForm::table, 1, 5) == 1 &&
+              table_index(BiasForm::table, -2, 5) == 4 && table_index(BiasForm::table, 9, 5) == 0);
+static_assert(table_index(BiasForm::table_causal, -3, 4) == 0 && table_index(BiasForm::table_causal, 3, 4) == 3 &&
+              table_index(BiasForm::table_causal, 9, 4) == 3);
+
+// Every form is monotone in |D| on either side of 0 (p >= 0 or not), so its largest value on D in [lo, hi] is at an
+// end or, when the interval holds it, at D = 0. Used by the bound that skips tiles.
+template <class P, class V>
+FASTPE_HD V phi_max(P, V lo, V hi, V p0, V p1) {
+  const V at_ends = max(P::value(lo, p0, p1), P::value(hi, p0, p1));
+  return select((lo < V(0)) & (hi > V(0)), max(at_ends, P::value(V(0), p0, p1)), at_ends);
+}
+template <class P, class V>
+FASTPE_HD V phi_min(P, V lo, V hi, V p0, V p1) {
+  const V at_ends = min(P::value(lo, p0, p1), P::value(hi, p0, p1));
+  return select((lo < V(0)) & (hi > V(0)), min(at_ends, P::value(V(0), p0, p1)), at_ends);
+}
+
+}  // namespace fastpe::pos
