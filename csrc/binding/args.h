@@ -1,0 +1,328 @@
+// Tensors of a call, checked and turned into the structs of core/params.h. Shared by the bindings of all devices.
+//
+// These checks are the last line of defence: a call that passes them touches no memory outside its tensors. The Python
+// layer checks first, in the user's words.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/params.h"
+#include "pos/bias.h"
+
+namespace fastpe::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// ---- messages ---------------------------------------------------------------------------------------------------
+
+template <class... A>
+[[noreturn]] void fail(const char* op, const A&... parts) {
+  std::ostringstream s;
+  s << "fastpe." << op << ": ";
+  (s << ... << parts);
+  throw std::runtime_error(s.str());
+}
+
+// check(op, condition, message parts...); the message is built only when the condition fails.
+template <class... A>
+void check(const char* op, bool ok, const A&... parts) {
+  if (!ok) [[unlikely]] fail(op, parts...);
+}
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t d = 0; d < t.dim(); ++d) s += (d ? ", " : "") + std::to_string(t.size(d));
+  return s + (t.dim() == 1 ? ",)" : ")");
+}
+
+// ---- single tensors ---------------------------------------------------------------------------------------------
+
+// One axis of an expected shape: a length, or 1, which broadcasts.
+struct Axis {
+  int64_t size;
+  bool may_be_one = false;
+};
+inline Axis broadcast(int64_t n) { return {n, true}; }
+
+inline std::string wanted(std::initializer_list<Axis> axes) {
+  std::string s = "(";
+  bool first = true;
+  for (const Axis& a : axes) {
+    s += (first ? "" : ", ") + std::to_string(a.size) + (a.may_be_one && a.size != 1 ? " or 1" : "");
+    first = false;
+  }
+  return s + (axes.size() == 1 ? ",)" : ")");
+}
+
+struct Call {
+  const char* op;
+  const Tensor& lead;  // the tensor whose device the others share
+};
+
+inline void check_device(const Call& c, const char* name, const Tensor& t) {
+  check(c.op, t.device() == c.lead.device(), name, " is on another device than the first tensor of the call");
+}
+inline void check_dtype(const Call& c, const char* name, const Tensor& t, ScalarType want) {
+  check(c.op, t.scalar_type() == want, name, " must be ", dtype_name(want), ", got ", dtype_name(t.scalar_type()));
+}
+inline void check_shape(const Call& c, const char* name, const Tensor& t, std::initializer_list<Axis> axes) {
+  bool ok = t.dim() == int64_t(axes.size());
+  int64_t d = 0;
+  if (ok)
+    for (const Axis& a : axes) {
+      const int64_t n = t.size(d++);
+      ok = ok && (n == a.size || (a.may_be_one && n == 1));
+    }
+  if (!ok) [[unlikely]] fail(c.op, name, " must be of shape ", wanted(axes), ", got ", shape_of(t));
+}
+inline void check_last_contiguous(const Call& c, const char* name, const Tensor& t) {
+  const int64_t d = t.dim() - 1;
+  check(c.op, t.size(d) <= 1 || t.stride(d) == 1, name, " must be contiguous in its last dimension, got stride ", t.stride(d));
+}
+
+inline void* read_ptr(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+// A stride that steps through an axis of length 1 is 0, so the axis broadcasts.
+inline int64_t step(const Tensor& t, int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); }
+inline void* offset(void* p, int64_t elements, const Tensor& t) { return static_cast<char*>(p) + elements * int64_t(t.element_size()); }
+
+inline DType dtype_of(const Call& c, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Double: return DType::f64;
+    default: fail(c.op, name, " must be float32, bfloat16, float16 or float64, got ", dtype_name(t.scalar_type()));
+  }
+}
+// The type of everything that is not q, k, v or their like.
+inline ScalarType aux_type(DType t) { return t == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+// (B,H,N,D) with contiguous channels. `p` is what the caller may write to or only read.
+inline View view(const Tensor& t, void* p) { return {p, t.stride(0), t.stride(1), t.stride(2)}; }
+inline View read_view(const Call& c, const char* name, const Tensor& t) {
+  check_last_contiguous(c, name, t);
+  return view(t, read_ptr(t));
+}
+
+// An aux array of (B|1, H|1, ...): the strides of its first three axes.
+inline Aux read_aux(const Call& c, const char* name, const OptTensor& t, ScalarType type, std::initializer_list<Axis> axes, bool last_contiguous = true) {
+  if (!t) return {};
+  check_device(c, name, *t);
+  check_dtype(c, name, *t, type);
+  check_shape(c, name, *t, axes);
+  if (last_contiguous) check_last_contiguous(c, name, *t);
+  return {read_ptr(*t), step(*t, 0), step(*t, 1), step(*t, 2)};
+}
+
+// A table (2, B|1, H|1, N, J) of cos and sin.
+inline Rope read_rope(const Call& c, const char* name, const Tensor& t, ScalarType type, int64_t B, int64_t H, int64_t N) {
+  check_device(c, name, t);
+  check_dtype(c, name, t, type);
+  check(c.op, t.dim() == 5, name, " must be of shape (2, B or 1, H or 1, N, J), got ", shape_of(t));
+  check_shape(c, name, t, {{2}, broadcast(B), broadcast(H), {N}, {t.size(4)}});
+  check_last_contiguous(c, name, t);
+  const Aux cos{read_ptr(t), step(t, 1), step(t, 2), t.stride(3)};
+  Aux sin = cos;
+  sin.p = offset(cos.p, t.stride(0), t);
+  return {cos, sin};
+}
+
+// ---- new tensors ------------------------------------------------------------------------------------------------
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+}
+inline Tensor none(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
+
+// (B,H,N,D) stored in `like`'s order of heads and tokens.
+inline Tensor empty_in_order(const Tensor& like, int64_t B, int64_t H, int64_t N, int64_t D) {
+  if (like.stride(1) < like.stride(2)) return torch::stable::transpose(empty(like, {B, N, H, D}, like.scalar_type()), 1, 2);
+  return empty(like, {B, H, N, D}, like.scalar_type());
+}
+// Contiguous, with t's shape.
+inline Tensor empty_contiguous(const Tensor& t) { return torch::stable::new_empty(t, t.sizes(), t.scalar_type()); }
+
+// ---- attention --------------------------------------------------------------------------------------------------
+
+struct AttnArgs {
+  Tensor q, k, v;
+  OptTensor q_rope, k_rope;
+  int64_t rope_layout, bias_form;
+  OptTensor bias_params, bias_gamma, bias_u, bias_w, bias_base, bias_table;
+  int64_t left, right, sinks;
+  OptTensor q_ids, k_ids, mask, row_scale, sink;
+  double scale, softcap, softcap_mul, skip_eps;
+};
+
+inline RopeLayout layout_of(const char* op, int64_t layout) {
+  check(op, layout == 0 || layout == 1, "layout must be 0 (half) or 1 (interleaved), got ", layout);
+  return RopeLayout(layout);
+}
+
+inline BiasForm form_of(const char* op, int64_t id) {
+  switch (id) {
+#define FASTPE_BIAS_FORM(name, number, text) case number:
+#include "pos/bias_forms.def"
+#undef FASTPE_BIAS_FORM
+    return BiasForm(id);
+    default: fail(op, "bias_form ", id, " is not a form");
+  }
+}
+
+inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t B, int64_t H, int64_t Nq, int64_t Nk) {
+  Bias b;
+  b.form = form_of(c.op, a.bias_form);
+  b.params = read_aux(c, "bias_params", a.bias_params, aux, {broadcast(B), broadcast(H), {2}});
+  b.gamma = read_aux(c, "bias_gamma", a.bias_gamma, aux, {broadcast(B), broadcast(H), broadcast(Nq)});
+  b.u = read_aux(c, "bias_u", a.bias_u, aux, {broadcast(B), broadcast(H), {Nq}});
+  b.w = read_aux(c, "bias_w", a.bias_w, aux, {broadcast(B), broadcast(H), {Nk}});
+  b.base = read_aux(c, "bias_base", a.bias_base, ScalarType::Double, {broadcast(B), broadcast(H), {(Nk + kPrefixBlock - 1) / kPrefixBlock}});
+  if (a.bias_table) {
+    const Tensor& t = *a.bias_table;
+    check_device(c, "bias_table", t);
+    check_dtype(c, "bias_table", t, aux);
+    check(c.op, t.dim() == 2 && (t.size(0) == H || t.size(0) == 1) && t.size(1) >= 1, "bias_table must be of shape (", H, " or 1, L) with L >= 1, got ", shape_of(t));
+    check_last_contiguous(c, "bias_table", t);
+    b.table = {read_ptr(t), 0, step(t, 0), 0};
+    b.table_len = t.size(1);
+  }
+  const bool rel_fn = pos::is_rel_fn(b.form), table = pos::is_table(b.form);
+  check(c.op, table == bool(b.table), "bias_table belongs to the table forms, and they need it; bias_form is ", a.bias_form);
+  check(c.op, b.form != BiasForm::table || b.table_len % 2 == 1, "bias_table of the two-sided form must have an odd length, got ", b.table_len);
+  check(c.op, rel_fn || !(b.params || b.gamma || b.u || b.w || b.base), "bias_params, bias_gamma, bias_u, bias_w and bias_base belong to the forms of a distance; bias_form is ", a.bias_form);
+  const bool needs_params = b.form == BiasForm::linear || b.form == BiasForm::log || b.form == BiasForm::power;
+  check(c.op, !needs_params || b.params, "bias_params is missing for bias_form ", a.bias_form);
+  check(c.op, !b.base || (b.w && !b.u), "bias_base goes with bias_w and without bias_u");
+  check(c.op, !b.w || b.u || Nq <= Nk, "bias_w without bias_u needs no more queries than keys, got ", Nq, " and ", Nk);
+  return b;
+}
+
+inline Visibility read_visibility(const Call& c, const AttnArgs& a, int64_t B, int64_t H, int64_t Nq, int64_t Nk) {
+  check(c.op, a.left >= 0 && a.right >= 0 && a.sinks >= 0, "left, right and sinks must not be negative, got ", a.left, ", ", a.right, ", ", a.sinks);
+  Visibility v;
+  v.left = a.left;
+  v.right = a.right;
+  v.sinks = a.sinks;
+  check(c.op, a.q_ids.has_value() == a.k_ids.has_value(), "q_ids and k_ids go together");
+  const auto ids = [&](const char* name, const OptTensor& t, int64_t N, const int32_t*& p, int64_t& sb) {
+    if (!t) return;
+    check_device(c, name, *t);
+    check_dtype(c, name, *t, ScalarType::Int);
+    check_shape(c, name, *t, {broadcast(B), {N}});
+    check_last_contiguous(c, name, *t);
+    p = static_cast<const int32_t*>(t->const_data_ptr());
+    sb = step(*t, 0);
+  };
+  ids("q_ids", a.q_ids, Nq, v.q_ids, v.q_ids_sb);
+  ids("k_ids", a.k_ids, Nk, v.k_ids, v.k_ids_sb);
+  if (a.mask) {
+    const Tensor& m = *a.mask;
+    check_device(c, "mask", m);
+    check_dtype(c, "mask", m, ScalarType::Bool);
+    check_shape(c, "mask", m, {broadcast(B), broadcast(H), broadcast(Nq), broadcast(Nk)});
+    v.mask = static_cast<const uint8_t*>(m.const_data_ptr());
+    v.mask_sb = step(m, 0);
+    v.mask_sh = step(m, 1);
+    v.mask_sn = step(m, 2);
+    v.mask_sk = step(m, 3);
+  }
+  return v;
+}
+
+// Everything but the outputs.
+inline AttnParams read_attn(const char* op, const AttnArgs& a) {
+  const Call c{op, a.q};
+  const Tensor &q = a.q, &k = a.k, &v = a.v;
+  AttnParams p;
+  p.dtype = dtype_of(c, "q", q);
+  check(op, q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have 4 axes (batch, head, token, channel), got ", shape_of(q), ", ", shape_of(k), " and ", shape_of(v));
+  p.B = q.size(0), p.H = q.size(1), p.Nq = q.size(2), p.D = q.size(3);
+  p.Hk = k.size(1), p.Nk = k.size(2), p.Dv = v.size(3);
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"k", k}, {"v", v}}) {
+    check_device(c, name, t);
+    check_dtype(c, name, t, q.scalar_type());
+  }
+  check_shape(c, "k", k, {{p.B}, {p.Hk}, {p.Nk}, {p.D}});
+  check_shape(c, "v", v, {{p.B}, {p.Hk}, {p.Nk}, {p.Dv}});
+  check(op, p.Hk > 0 ? p.H % p.Hk == 0 : p.H == 0, "k has ", p.Hk, " heads, which does not divide q's ", p.H);
+  for (const int64_t d : {p.D, p.Dv}) check(op, d >= 8 && d <= 256 && d % 8 == 0, "head sizes must be 8 to 256 in steps of 8, got ", p.D, " for q and k, ", p.Dv, " for v");
+  p.q = read_view(c, "q", q);
+  p.k = read_view(c, "k", k);
+  p.v = read_view(c, "v", v);
+
+  const ScalarType aux = aux_type(p.dtype);
+  check(op, a.q_rope.has_value() == a.k_rope.has_value(), "q_rope and k_rope go together");
+  p.rope_layout = layout_of(op, a.rope_layout);
+  if (a.q_rope) {
+    p.q_rope = read_rope(c, "q_rope", *a.q_rope, aux, p.B, p.H, p.Nq);
+    p.k_rope = read_rope(c, "k_rope", *a.k_rope, aux, p.B, p.Hk, p.Nk);
+    p.rope_pairs = a.q_rope->size(4);
+    check(op, a.k_rope->size(4) == p.rope_pairs, "q_rope has ", p.rope_pairs, " pairs, k_rope has ", a.k_rope->size(4));
+    check(op, p.rope_pairs >= 1 && 2 * p.rope_pairs <= p.D, "q_rope rotates ", 2 * p.rope_pairs, " channels, q has ", p.D);
+  }
+  p.bias = read_bias(c, a, aux, p.B, p.H, p.Nq, p.Nk);
+  p.vis = read_visibility(c, a, p.B, p.H, p.Nq, p.Nk);
+  p.row_scale = read_aux(c, "row_scale", a.row_scale, aux, {broadcast(p.B), broadcast(p.H), broadcast(p.Nq)}, false);
+  if (a.sink) {
+    check_device(c, "sink", *a.sink);
+    check_dtype(c, "sink", *a.sink, aux);
+    check_shape(c, "sink", *a.sink, {{p.H}});
+    p.sink = {read_ptr(*a.sink), 0, step(*a.sink, 0), 0};
+  }
+  check(op, !(a.softcap < 0), "softcap must not be negative, got ", a.softcap);
+  check(op, a.skip_eps >= 0 && a.skip_eps < 1, "skip_eps must lie in [0, 1), got ", a.skip_eps);
+  p.scale = a.scale;
+  p.softcap = a.softcap;
+  p.softcap_mul = a.softcap_mul;
+  p.skip_eps = a.skip_eps;
+  return p;
+}
+
+// ---- rotation ---------------------------------------------------------------------------------------------------
+
+inline RotateParams read_rotate(const char* op, const char* name, const Tensor& x, const char* table_name, const Tensor& table, int64_t layout, bool inverse) {
+  const Call c{op, x};
+  RotateParams p;
+  p.dtype = dtype_of(c, name, x);
+  check(op, x.dim() == 4, name, " must have 4 axes (batch, head, token, channel), got ", shape_of(x));
+  p.B = x.size(0), p.H = x.size(1), p.N = x.size(2), p.D = x.size(3);
+  p.x = read_view(c, name, x);
+  p.rope = read_rope(c, table_name, table, aux_type(p.dtype), p.B, p.H, p.N);
+  p.J = table.size(4);
+  check(op, 2 * p.J <= p.D, table_name, " rotates ", 2 * p.J, " channels, ", name, " has ", p.D);
+  p.layout = layout_of(op, layout);
+  p.inverse = inverse;
+  return p;
+}
+
+// A tensor that is written in place must not hold one element under two indices.
+inline void check_writable(const char* op, const char* name, const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d)
+    check(op, x.size(d) <= 1 || x.stride(d) != 0, name, " is expanded along axis ", d, " and cannot be rotated in place; use a copy of it");
+}
+
+}  // namespace fastpe::binding

@@ -1,0 +1,299 @@
+// CPU implementations: check, allocate, fill, call.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <tuple>
+
+#include "args.h"
+#include "cpu/dispatch.h"
+
+namespace fastpe::binding {
+namespace {
+
+// ---- threads and memory -----------------------------------------------------------------------------------------
+
+// Fixed for a call when its Runtime is made, so that workers and their scratch agree whatever other threads set.
+thread_local int t_threads = 1;
+
+// Tasks are handed out one by one, as workers become free. An exception of a task stops the rest and is thrown again
+// in the calling thread; none may leave a worker.
+void parallel(int64_t tasks, void (*fn)(void*, int64_t, int), void* ctx) {
+  const int64_t workers = std::min<int64_t>(t_threads, tasks);
+  if (workers <= 1) {
+    for (int64_t t = 0; t < tasks; ++t) fn(ctx, t, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    try {
+      for (int64_t t; !failed.load(std::memory_order_relaxed) && (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(ctx, t, int(worker));
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+Runtime runtime() {
+  t_threads = int(torch::stable::get_num_threads());
+  return {t_threads, parallel, cpu::scratch_alloc, cpu::scratch_release};
+}
+
+// Collects the counters of one call when they are switched on.
+class Stats {
+ public:
+  Stats() : on_(cpu::tile_stats_on()) {}
+  ~Stats() {
+    if (on_) cpu::add_tile_stats(s_);
+  }
+  TileStats* get() { return on_ ? &s_ : nullptr; }
+
+ private:
+  bool on_;
+  TileStats s_;
+};
+
+// ---- attention --------------------------------------------------------------------------------------------------
+
+#define FASTPE_ATTN_PARAMS \
+  OptTensor q_rope, OptTensor k_rope, int64_t rope_layout, int64_t bias_form, OptTensor bias_params, OptTensor bias_gamma, \
+      OptTensor bias_u, OptTensor bias_w, OptTensor bias_base, OptTensor bias_table, int64_t left, int64_t right, \
+      int64_t sinks, OptTensor q_ids, OptTensor k_ids, OptTensor mask, OptTensor row_scale, OptTensor sink, double scale, \
+      double softcap, double softcap_mul, double skip_eps
+#define FASTPE_ATTN_VALUES \
+  q_rope, k_rope, rope_layout, bias_form, bias_params, bias_gamma, bias_u, bias_w, bias_base, bias_table, left, right, \
+      sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps
+
+std::tuple<Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS) {
+  const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
+  AttnParams p = read_attn("attn_fwd", a);
+  Tensor out = empty_in_order(q, p.B, p.H, p.Nq, p.Dv);
+  Tensor lse = empty(q, {p.B, p.H, p.Nq}, aux_type(p.dtype));
+  if (lse.numel() > 0) {
+    p.o = view(out, out.mutable_data_ptr());
+    p.lse = lse.mutable_data_ptr();
+    Stats stats;
+    cpu::kernels().attn_fwd(p, runtime(), stats.get());
+  }
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attn_bwd(
+    Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, FASTPE_ATTN_PARAMS, int64_t needs) {
+  const char* op = "attn_bwd";
+  const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
+  AttnBwdParams b;
+  b.fwd = read_attn(op, a);
+  AttnParams& p = b.fwd;
+  const Call c{op, q};
+  const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
+
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
+    check_device(c, name, t);
+    check_dtype(c, name, t, type);
+    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
+  }
+  // Autograd hands over gradients in any layout, expanded ones among them.
+  const Tensor d_o = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);
+  b.d_o = read_view(c, "dout", d_o);
+  p.o = read_view(c, "out", out);
+  check_device(c, "lse", lse);
+  check_dtype(c, "lse", lse, aux);
+  check_shape(c, "lse", lse, {{p.B}, {p.H}, {p.Nq}});
+  const Tensor lse_c = torch::stable::contiguous(lse);
+  p.lse = read_ptr(lse_c);
+  OptTensor dlse_c;
+  if (dlse) {
+    check_device(c, "dlse", *dlse);
+    check_dtype(c, "dlse", *dlse, aux);
+    check_shape(c, "dlse", *dlse, {{p.B}, {p.H}, {p.Nq}});
+    dlse_c = torch::stable::contiguous(*dlse);
+    b.dlse = dlse_c->const_data_ptr();
+  }
+
+  b.needs = needs;
+  const auto grad_in_order = [&](Needs bit, const Tensor& x, View& g) {
+    if (!(needs & bit)) return none(q, type);
+    Tensor t = empty_in_order(x, x.size(0), x.size(1), x.size(2), x.size(3));
+    g = view(t, t.mutable_data_ptr());
+    return t;
+  };
+  const auto grad_of = [&](Needs bit, const char* name, const OptTensor& x, void*& g) {
+    if (!(needs & bit)) return none(q, aux);
+    check(op, x.has_value(), "the gradient of ", name, " is asked for, but the call has no ", name);
+    Tensor t = empty_contiguous(*x);
+    g = t.mutable_data_ptr();
+    return t;
+  };
+  const auto grad_of_rope = [&](Needs bit, const char* name, const OptTensor& x, void*& dcos, void*& dsin) {
+    Tensor t = grad_of(bit, name, x, dcos);
+    if (dcos) dsin = offset(dcos, t.stride(0), t);
+    return t;
+  };
+  Tensor dq = grad_in_order(need_q, q, b.dq);
+  Tensor dk = grad_in_order(need_k, k, b.dk);
+  Tensor dv = grad_in_order(need_v, v, b.dv);
+  Tensor dq_rope = grad_of_rope(need_q_rope, "q_rope", q_rope, b.dq_cos, b.dq_sin);
+  Tensor dk_rope = grad_of_rope(need_k_rope, "k_rope", k_rope, b.dk_cos, b.dk_sin);
+  Tensor dparams = grad_of(need_params, "bias_params", bias_params, b.dparams);
+  Tensor dgamma = grad_of(need_gamma, "bias_gamma", bias_gamma, b.dgamma);
+  Tensor du = grad_of(need_u, "bias_u", bias_u, b.du);
+  Tensor dw = grad_of(need_w, "bias_w", bias_w, b.dw);
+  Tensor dtable = grad_of(need_table, "bias_table", bias_table, b.dtable);
+  Tensor drow_scale = grad_of(need_row_scale, "row_scale", row_scale, b.drow_scale);
+
+  if (p.B > 0 && p.H > 0 && p.Nq > 0 && p.Nk > 0) {
+    if (needs) {
+      Stats stats;
+      cpu::kernels().attn_bwd(b, runtime(), stats.get());
+    }
+  } else {
+    for (Tensor* t : {&dq, &dk, &dv, &dq_rope, &dk_rope, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale}) torch::stable::zero_(*t);
+  }
+  return {dq, dk, dv, dq_rope, dk_rope, dparams, dgamma, du, dw, dtable, drow_scale};
+}
+
+// ---- rotation ---------------------------------------------------------------------------------------------------
+
+Tensor rope_table(Tensor positions, Tensor inv_freq, double amplitude, bool float32_product, bool out_f64) {
+  const char* op = "rope_table";
+  const Call c{op, positions};
+  check_device(c, "inv_freq", inv_freq);
+  check_dtype(c, "positions", positions, ScalarType::Double);
+  check_dtype(c, "inv_freq", inv_freq, ScalarType::Double);
+  check(op, positions.dim() == 3, "positions must be of shape (axes, B or 1, N), got ", shape_of(positions));
+  check(op, inv_freq.dim() == 3, "inv_freq must be of shape (axes, H or 1, J), got ", shape_of(inv_freq));
+  check(op, positions.size(0) == inv_freq.size(0), "positions have ", positions.size(0), " axes, inv_freq has ", inv_freq.size(0));
+  const Tensor x = torch::stable::contiguous(positions), w = torch::stable::contiguous(inv_freq);
+  RopeTableParams p;
+  p.out_f64 = out_f64;
+  p.A = x.size(0), p.B = x.size(1), p.N = x.size(2), p.H = w.size(1), p.J = w.size(2);
+  check(op, p.A >= 1, "positions must have at least one axis, got ", shape_of(positions));
+  p.positions = static_cast<const double*>(x.const_data_ptr());
+  p.inv_freq = static_cast<const double*>(w.const_data_ptr());
+  p.float32_product = float32_product;
+  p.amplitude = amplitude;
+  Tensor table = empty(positions, {2, p.B, p.H, p.N, p.J}, out_f64 ? ScalarType::Double : ScalarType::Float);
+  if (table.numel() > 0) {
+    p.cos = table.mutable_data_ptr();
+    p.sin = offset(p.cos, table.stride(0), table);
+    cpu::kernels().rope_table(p, runtime());
+  }
+  return table;
+}
+
+void run_rotate(const RotateParams* p, int count) {
+  RotateParams some[2];
+  int n = 0;
+  for (int i = 0; i < count; ++i)
+    if (p[i].B > 0 && p[i].H > 0 && p[i].N > 0 && p[i].D > 0) some[n++] = p[i];
+  if (n) cpu::kernels().rotate(some, n, runtime());
+}
+
+// x in its own order, written to a new tensor.
+RotateParams to_new(RotateParams p, const Tensor& y) {
+  p.y = view(y, y.mutable_data_ptr());
+  return p;
+}
+RotateParams in_place(RotateParams p, const Tensor& x) {
+  p.x.p = x.mutable_data_ptr();
+  p.y = p.x;
+  return p;
+}
+
+Tensor rotate(Tensor x, Tensor table, int64_t layout, bool inverse) {
+  const RotateParams p = read_rotate("rotate", "x", x, "table", table, layout, inverse);
+  Tensor y = empty_in_order(x, p.B, p.H, p.N, p.D);
+  const RotateParams r = to_new(p, y);
+  run_rotate(&r, 1);
+  return y;
+}
+
+void rotate_(Tensor x, Tensor table, int64_t layout, bool inverse) {
+  const RotateParams p = read_rotate("rotate_", "x", x, "table", table, layout, inverse);
+  check_writable("rotate_", "x", x);
+  const RotateParams r = in_place(p, x);
+  run_rotate(&r, 1);
+}
+
+std::tuple<Tensor, Tensor> rotate_pair(Tensor q, Tensor k, Tensor q_table, Tensor k_table, int64_t layout, bool inverse) {
+  const char* op = "rotate_pair";
+  const RotateParams pq = read_rotate(op, "q", q, "q_table", q_table, layout, inverse);
+  const RotateParams pk = read_rotate(op, "k", k, "k_table", k_table, layout, inverse);
+  Tensor yq = empty_in_order(q, pq.B, pq.H, pq.N, pq.D);
+  Tensor yk = empty_in_order(k, pk.B, pk.H, pk.N, pk.D);
+  const RotateParams both[2] = {to_new(pq, yq), to_new(pk, yk)};
+  run_rotate(both, 2);
+  return {yq, yk};
+}
+
+void rotate_pair_(Tensor q, Tensor k, Tensor q_table, Tensor k_table, int64_t layout, bool inverse) {
+  const char* op = "rotate_pair_";
+  const RotateParams pq = read_rotate(op, "q", q, "q_table", q_table, layout, inverse);
+  const RotateParams pk = read_rotate(op, "k", k, "k_table", k_table, layout, inverse);
+  check_writable(op, "q", q);
+  check_writable(op, "k", k);
+  const RotateParams both[2] = {in_place(pq, q), in_place(pk, k)};
+  run_rotate(both, 2);
+}
+
+// ---- sums along the sequence ------------------------------------------------------------------------------------
+
+PrefixParams read_prefix(const char* op, const Tensor& x, bool reverse) {
+  const ScalarType t = x.scalar_type();
+  check(op, t == ScalarType::Float || t == ScalarType::Double, "x must be float32 or float64, got ", dtype_name(t));
+  check(op, x.dim() >= 1, "x must have at least one axis");
+  PrefixParams p;
+  p.f64 = t == ScalarType::Double;
+  p.N = x.size(x.dim() - 1);
+  p.rows = p.N ? x.numel() / p.N : 0;
+  p.x = x.const_data_ptr();
+  p.reverse = reverse;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> prefix_sum(Tensor x, bool reverse) {
+  const Tensor xc = torch::stable::contiguous(x);
+  PrefixParams p = read_prefix("prefix_sum", xc, reverse);
+  Tensor local = empty_contiguous(xc);
+  std::vector<int64_t> shape(xc.sizes().begin(), xc.sizes().end());
+  shape.back() = (p.N + kPrefixBlock - 1) / kPrefixBlock;
+  Tensor base = torch::stable::new_empty(xc, shape, ScalarType::Double);
+  if (local.numel() > 0) {
+    p.local = local.mutable_data_ptr();
+    p.base = static_cast<double*>(base.mutable_data_ptr());
+    cpu::kernels().prefix_sum(p, runtime());
+  }
+  return {local, base};
+}
+
+Tensor cumsum_exact(Tensor x, bool reverse) {
+  const Tensor xc = torch::stable::contiguous(x);
+  PrefixParams p = read_prefix("cumsum_exact", xc, reverse);
+  Tensor y = empty_contiguous(xc);
+  if (y.numel() > 0) {
+    p.local = y.mutable_data_ptr();
+    cpu::kernels().prefix_sum(p, runtime());
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace fastpe::binding
+
+STABLE_TORCH_LIBRARY_IMPL(fastpe, CPU, m) {
+  using namespace fastpe::binding;
+  m.impl("attn_fwd", TORCH_BOX(&attn_fwd));
+  m.impl("attn_bwd", TORCH_BOX(&attn_bwd));
+  m.impl("rope_table", TORCH_BOX(&rope_table));
+  m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("rotate_", TORCH_BOX(&rotate_));
+  m.impl("rotate_pair", TORCH_BOX(&rotate_pair));
+  m.impl("rotate_pair_", TORCH_BOX(&rotate_pair_));
+  m.impl("prefix_sum", TORCH_BOX(&prefix_sum));
+  m.impl("cumsum_exact", TORCH_BOX(&cumsum_exact));
+}

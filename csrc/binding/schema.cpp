@@ -1,0 +1,25 @@
+// The operators of torch.ops.fastpe. All are functional except those whose name ends in _; none takes a length, so
+// dynamic shapes do not specialise. csrc/core/params.h says what the arguments mean.
+#include <torch/csrc/stable/library.h>
+
+// What attn_fwd and attn_bwd have in common.
+#define FASTPE_ATTN_ARGS \
+  "Tensor? q_rope, Tensor? k_rope, int rope_layout, int bias_form, Tensor? bias_params, Tensor? bias_gamma, " \
+  "Tensor? bias_u, Tensor? bias_w, Tensor? bias_base, Tensor? bias_table, int left, int right, int sinks, " \
+  "Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor? row_scale, Tensor? sink, float scale, float softcap, " \
+  "float softcap_mul, float skip_eps"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
+  m.def("attn_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS ") -> (Tensor out, Tensor lse)");
+  m.def(
+      "attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTPE_ATTN_ARGS
+      ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_rope, Tensor dk_rope, Tensor dparams, "
+      "Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, Tensor drow_scale)");
+  m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
+  m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");
+  m.def("rotate_(Tensor(a!) x, Tensor table, int layout, bool inverse) -> ()");
+  m.def("rotate_pair(Tensor q, Tensor k, Tensor q_table, Tensor k_table, int layout, bool inverse) -> (Tensor, Tensor)");
+  m.def("rotate_pair_(Tensor(a!) q, Tensor(b!) k, Tensor q_table, Tensor k_table, int layout, bool inverse) -> ()");
+  m.def("prefix_sum(Tensor x, bool reverse) -> (Tensor local, Tensor base)");
+  m.def("cumsum_exact(Tensor x, bool reverse) -> Tensor");
+}
