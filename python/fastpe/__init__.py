@@ -5,12 +5,12 @@ from . import _rope_ops, ops
 from . import bias, config, mask, nn, positions, reference, rope
 from ._info import info
 from ._rope import Rope
-from ._rope_ops import apply_rotary
 from ._stats import tile_stats
 from .attention import attention
 from .prefix import Prefix, prefix_sum
+from .rotary import apply_rotary
 
-__version__ = info()["version"]
+__version__ = info()["fastpe"]
 
 __all__ = [
     "Prefix",

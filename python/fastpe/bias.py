@@ -19,22 +19,13 @@ import torch
 
 from . import _check
 from ._call import Call, OpBias
+from ._load import _C
 from .prefix import BLOCK, Prefix, prefix_sum
 
 Tensor = torch.Tensor
 
-# The ids of csrc/pos/bias_forms.def.
-FORMS = {
-    "none": 0,
-    "linear": 1,
-    "signed": 2,
-    "abs": 3,
-    "log": 4,
-    "power": 5,
-    "logsq": 6,
-    "table": 7,
-    "table_causal": 8,
-}
+# Name -> id, from csrc/pos/bias_forms.def.
+FORMS = {form.rstrip("_"): number for form, (number, _) in _C.bias_forms().items()}
 
 
 class Bias:

@@ -1,0 +1,1 @@
+"""Random calls and comparisons, shared by the tests and the benchmarks."""
