@@ -8,6 +8,7 @@ from ._rope import Rope
 from ._stats import tile_stats
 from .attention import attention
 from .prefix import Prefix, prefix_sum
+from .rotary import apply_rotary, apply_rotary_pair
 from .rotary import apply_rotary
 
 __version__ = info()["fastpe"]
@@ -17,6 +18,7 @@ __all__ = [
     "Rope",
     "__version__",
     "apply_rotary",
+    "apply_rotary_pair",
     "attention",
     "bias",
     "config",

@@ -1,0 +1,606 @@
+"""Position rules: which position each token is given, in training or at inference.
+
+Pure functions. Results are int64 where positions are whole and float64 where they are not, on the CPU unless an input says
+otherwise. Random rules take their draws as arguments; a draw that is not given comes from ``generator``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from . import _check
+
+Tensor = torch.Tensor
+
+__all__ = [
+    "bipe", "clex_train", "cream", "giraffe_random", "grid", "hirope", "hirope_regions", "increments", "interpolated", "mrope",
+    "pose", "randomized", "segmented", "segmented_prefix", "sequential", "v2pe",
+]  # fmt: skip
+
+
+def _integer(low: int, high: int, generator: torch.Generator | None) -> int:
+    """Uniform in [low, high]."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _sample(limit: int, n: int, generator: torch.Generator | None) -> Tensor:
+    """n different numbers of [0, limit), sorted."""
+    if n > limit // 4:
+        return torch.randperm(limit, generator=generator)[:n].sort().values
+    # few of many: draw with spares until n differ, then drop spares at random
+    found = torch.empty(0, dtype=torch.int64)
+    while found.numel() < n:
+        found = torch.cat((found, torch.randint(0, limit, (2 * n,), generator=generator))).unique()
+    return found[torch.randperm(found.numel(), generator=generator)[:n]].sort().values
+
+
+def _within(where: str, what: str, value: int, low: int, high: int) -> int:
+    _check.count(where, what, value, low)
+    if value > high:
+        raise ValueError(f"{where}: {what} must be in [{low}, {high}], got {value}")
+    return value
+
+
+def _distinct(where: str, what: str, sample: Tensor, n: int, limit: int) -> Tensor:
+    _check.is_integer(where, what, sample)
+    if sample.shape != (n,):
+        raise ValueError(f"{where}: {what} must be ({n},), got {_check.shape(sample)}")
+    sample = sample.long().sort().values
+    if n and (int(sample[0]) < 0 or int(sample[-1]) >= limit):
+        raise ValueError(f"{where}: {what} must lie in [0, {limit}), got {int(sample[0])} .. {int(sample[-1])}")
+    if n > 1 and not bool((sample[1:] > sample[:-1]).all()):
+        raise ValueError(f"{where}: {what} must not repeat a position")
+    return sample
+
+
+def sequential(n: int, offset: int = 0) -> Tensor:
+    """``offset .. offset + n - 1``, int64 (RoFormer, arXiv 2104.09864).
+
+    >>> import fastpe
+    >>> fastpe.positions.sequential(3, 10).tolist()
+    [10, 11, 12]
+    """
+    where = "fastpe.positions.sequential"
+    _check.count(where, "n", n, 0)
+    return torch.arange(offset, offset + n)
+
+
+def interpolated(n: int, factor: float, offset: int = 0) -> Tensor:
+    """``(offset + arange(n)) / factor``, float64 (position interpolation, arXiv 2306.15595; same angles as `rope.linear`).
+
+    >>> import fastpe
+    >>> fastpe.positions.interpolated(3, 4.0).tolist()
+    [0.0, 0.25, 0.5]
+    """
+    factor = _check.number("fastpe.positions.interpolated", "factor", factor, positive=True)
+    return sequential(n, offset).double() / factor
+
+
+def pose(
+    length: int,
+    window: int,
+    target: int,
+    *,
+    first: int | None = None,
+    second_end: int | None = None,
+    skip: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PoSE: train at a short window with the positions of a long text (arXiv 2309.10400).
+
+    Two chunks of the text are joined to ``chunk = min(length, window)`` tokens; the second one's positions are shifted.
+
+    Args:
+        length: tokens of the text; at most ``5 * window`` of them are used.
+        window: trained length.
+        target: length aimed at, at least the chunk.
+        first: tokens of the first chunk, in [1, (chunk + 1) // 2].
+        second_end: text index one past the second chunk, in [chunk, length].
+        skip: shift of the second chunk's positions, in [0, target - chunk].
+
+    Returns:
+        token indices and positions, int64 ``(chunk,)`` each.
+
+    >>> import fastpe
+    >>> tokens, p = fastpe.positions.pose(10, 4, 16, first=1, second_end=9, skip=5)
+    >>> tokens.tolist(), p.tolist()
+    ([0, 6, 7, 8], [0, 6, 7, 8])
+    """
+    where = "fastpe.positions.pose"
+    _check.count(where, "length", length, 1)
+    _check.count(where, "window", window, 1)
+    length = min(length, 5 * window)
+    chunk = min(length, window)
+    if target < chunk:
+        raise ValueError(f"{where}: target must be at least the chunk of {chunk} tokens, got {target}")
+
+    def draw(what: str, value: int | None, low: int, high: int) -> int:
+        return _integer(low, high, generator) if value is None else _within(where, what, value, low, high)
+
+    first = draw("first", first, 1, (chunk + 1) // 2)
+    end = draw("second_end", second_end, chunk, length)
+    skip = draw("skip", skip, 0, target - chunk)
+    tokens = torch.cat((torch.arange(first), torch.arange(end - (chunk - first), end)))
+    positions = torch.arange(chunk)
+    positions[first:] += skip
+    return tokens, positions
+
+
+def cream(
+    window: int,
+    factor: int,
+    length: int,
+    *,
+    branch: int | None = None,
+    u: float | None = None,
+    end: int | None = None,
+    mu: float | None = None,
+    sigma: float = 3.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """CREAM: head, middle and tail of a long text in a short window, the middle drawn with a Gaussian preference (arXiv 2406.07138).
+
+    Args:
+        window: L, the trained length, even.
+        factor: f; the target is ``f * L`` tokens.
+        length: tokens of the text.
+        branch: 0 gives head and tail L // 3 tokens each, 1 gives them 4 f; each with probability 1/2 if not given.
+        u: uniform number in [0, 1] that picks the middle's stretch.
+        end: last position of the middle, in a range that depends on the stretch (the error names it).
+        mu, sigma: of the Gaussian; mu is ``1 + factor`` if not given (one release has 9 throughout).
+
+    Returns:
+        token indices and positions, int64 ``(window,)`` each.
+
+    >>> import torch, fastpe
+    >>> tokens, p = fastpe.positions.cream(96, 4, 384, generator=torch.Generator().manual_seed(0))
+    >>> tokens.shape, int(p[0]), int(p[-1])
+    (torch.Size([96]), 0, 383)
+    """
+    where = "fastpe.positions.cream"
+    _check.count(where, "window", window, 2)
+    _check.count(where, "factor", factor, 1)
+    _check.count(where, "length", length, window)
+    if window % 2:
+        raise ValueError(f"{where}: window must be even, got {window}")
+    branch = _integer(0, 1, generator) if branch is None else _within(where, "branch", branch, 0, 1)
+    head = tail = window // 3 if branch == 0 else 4 * factor
+    middle = window - head - tail
+    if middle < 1:
+        raise ValueError(f"{where}: window must exceed head and tail of {head} tokens each, got {window}")
+    if u is None:
+        u = float(torch.rand((), generator=generator, dtype=torch.float64))
+    stretch = _cream_stretch(u, factor, 1 + factor if mu is None else mu, sigma)
+    # head + (middle - 1) r / 2 and r / 2 L - tail - 1, in halves so that they stay whole numbers
+    low = (2 * head + (middle - 1) * stretch) // 2
+    high = stretch * window // 2 - tail - 1
+    end = _integer(low, high, generator) if end is None else _within(where, "end", end, low, high)
+    positions = torch.cat(
+        (torch.arange(head), torch.arange(end - middle + 1, end + 1), torch.arange(factor * window - tail, factor * window))
+    )
+    tail_tokens = torch.arange(length - tail, length)
+    if end < length:
+        middle_tokens = positions[head : head + middle]
+    else:
+        middle_tokens = torch.arange(length - tail - middle, length - tail)
+    return torch.cat((torch.arange(head), middle_tokens, tail_tokens)), positions
+
+
+def _cream_stretch(u: float, factor: int, mu: float, sigma: float) -> int:
+    """floor of the Gaussian quantile of u on [2, 2 factor], with the distribution function not renormalised."""
+    x = torch.linspace(2, 2 * factor, 1000, dtype=torch.float64)
+    cdf = (1 + torch.erf((x - mu) / (sigma * math.sqrt(2)))) / 2
+    if u <= float(cdf[0]):
+        return 2
+    if u >= float(cdf[-1]):
+        return 2 * factor
+    i = int(torch.searchsorted(cdf, torch.tensor(u, dtype=torch.float64), right=True))
+    x0, x1, c0, c1 = float(x[i - 1]), float(x[i]), float(cdf[i - 1]), float(cdf[i])
+    return math.floor(x0 + (x1 - x0) * (u - c0) / (c1 - c0))
+
+
+def randomized(
+    n: int, limit: int, *, sample: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Randomized positions: n of [0, limit), sorted, none twice; int64 ``(n,)`` (arXiv 2305.16843).
+
+    One set per forward pass, shared by queries, keys and the batch. PoSE and CREAM use the same per sample as "RandPos".
+
+    Args:
+        sample: n different numbers of [0, limit) in any order.
+
+    >>> import torch, fastpe
+    >>> fastpe.positions.randomized(3, 100, sample=torch.tensor([40, 7, 99])).tolist()
+    [7, 40, 99]
+    """
+    where = "fastpe.positions.randomized"
+    _check.count(where, "n", n, 0)
+    _check.count(where, "limit", limit, 0)
+    if n > limit:
+        raise ValueError(f"{where}: n must be at most limit {limit}, got {n}")
+    return _sample(limit, n, generator) if sample is None else _distinct(where, "sample", sample, n, limit)
+
+
+def giraffe_random(
+    n: int | None = None, batch: int = 1, *, u: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Giraffe's randomized positions: steps uniform in [0, 2), squeezed to end at n at most (arXiv 2308.10882).
+
+    Args:
+        n, batch: size of the draw; not read when ``u`` is given.
+        u: ``(N,)`` or ``(B, N)`` uniform numbers in [0, 1).
+
+    Returns:
+        float64 of u's shape, or ``(batch, n)``. The first position is ``2 u_0``, not 0.
+
+    >>> import torch, fastpe
+    >>> fastpe.positions.giraffe_random(u=torch.tensor([0.5, 0.25, 0.125])).tolist()
+    [1.0, 1.5, 1.75]
+    """
+    where = "fastpe.positions.giraffe_random"
+    if u is None:
+        _check.count(where, "n", n, 1)
+        u = torch.rand(batch, n, generator=generator, dtype=torch.float64)
+    _check.is_float(where, "u", u)
+    n = u.shape[-1]
+    p = (2 * u.double()).cumsum(-1)
+    return p * (n / p[..., -1:].clamp(min=n))
+
+
+def segmented(
+    train_length: int,
+    target: int,
+    share: float = 0.25,
+    *,
+    starts: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Segmented sequences, "chunk": pieces of a long text at their own positions (arXiv 2310.14633).
+
+    ``1 / share`` segments of ``share * train_length`` tokens that do not overlap. How the published work draws their starts is
+    not known to us: here every placement is equally likely.
+
+    Args:
+        train_length: tokens in all.
+        target: length of the long text.
+        starts: first positions of the segments, in rising order.
+
+    Returns:
+        int64 ``(train_length,)``; they index the text too.
+
+    >>> import torch, fastpe
+    >>> fastpe.positions.segmented(4, 16, 0.5, starts=torch.tensor([3, 10])).tolist()
+    [3, 4, 10, 11]
+    """
+    where = "fastpe.positions.segmented"
+    _check.count(where, "train_length", train_length, 1)
+    _check.count(where, "target", target, train_length)
+    share = _check.number(where, "share", share, positive=True)
+    each = round(share * train_length)
+    if each < 1 or train_length % each:
+        raise ValueError(f"{where}: share must cut {train_length} tokens into equal segments, got {share:g}")
+    count = train_length // each
+    if starts is None:
+        gaps = target - train_length
+        # stars and bars: a uniform choice of how the gaps are shared out
+        bars = _sample(gaps + count, count, generator) - torch.arange(count)
+        starts = bars + torch.arange(count) * each
+    else:
+        _check.is_integer(where, "starts", starts)
+        if starts.shape != (count,):
+            raise ValueError(f"{where}: starts must be ({count},), got {_check.shape(starts)}")
+        ends = torch.cat((starts[1:], torch.tensor([target])))
+        if int(starts[0]) < 0 or not bool((starts + each <= ends).all()):
+            raise ValueError(f"{where}: starts must leave {each} tokens each within [0, {target}), got {starts.tolist()}")
+    return (starts.long()[:, None] + torch.arange(each)).flatten()
+
+
+def segmented_prefix(
+    train_length: int,
+    target: int,
+    share: float = 0.25,
+    *,
+    start: int | None = None,
+    sample: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Segmented sequences, "prefix": scattered tokens, then a contiguous suffix that alone bears the loss (arXiv 2310.14633).
+
+    Args:
+        train_length: tokens in all, ``share`` of them in the suffix.
+        target: length of the long text.
+        start: first position of the suffix.
+        sample: the scattered positions, different numbers below ``start``.
+
+    Returns:
+        int64 positions and the bool mask of tokens that bear the loss, ``(train_length,)`` each.
+
+    >>> import torch, fastpe
+    >>> p, loss = fastpe.positions.segmented_prefix(4, 16, 0.5, start=9, sample=torch.tensor([2, 7]))
+    >>> p.tolist(), loss.tolist()
+    ([2, 7, 9, 10], [False, False, True, True])
+    """
+    where = "fastpe.positions.segmented_prefix"
+    _check.count(where, "train_length", train_length, 1)
+    _check.count(where, "target", target, train_length)
+    share = _check.number(where, "share", share, positive=True)
+    if share > 1:
+        raise ValueError(f"{where}: share must be at most 1, got {share:g}")
+    suffix = round(share * train_length)
+    scattered = train_length - suffix
+    if start is None:
+        start = _integer(scattered, target - suffix, generator)
+    else:
+        _within(where, "start", start, scattered, target - suffix)
+    if sample is None:
+        sample = _sample(start, scattered, generator)
+    else:
+        sample = _distinct(where, "sample", sample, scattered, start)
+    positions = torch.cat((sample, torch.arange(start, start + suffix)))
+    return positions, torch.arange(train_length) >= scattered
+
+
+def bipe(separators: Tensor, train_scale: int = 1024) -> tuple[Tensor, Tensor]:
+    """BiPE's two levels: place inside the segment and number of the segment (arXiv 2401.16421).
+
+    The first goes to a learned absolute embedding added to the token embedding, the second is the position for RoPE or
+    ALiBi.
+
+    Args:
+        separators: bool ``(N,)`` or ``(B, N)``, True at the token that closes a segment (it belongs to that segment).
+        train_scale: places are cut off at ``train_scale - 1``.
+
+    Returns:
+        intra, inter: int64 of the same shape.
+
+    >>> import torch, fastpe
+    >>> intra, inter = fastpe.positions.bipe(torch.tensor([False, True, False, False]))
+    >>> intra.tolist(), inter.tolist()
+    ([0, 1, 0, 1], [0, 0, 1, 1])
+    """
+    where = "fastpe.positions.bipe"
+    _check.is_tensor(where, "separators", separators)
+    if separators.dtype != torch.bool:
+        raise TypeError(f"{where}: separators must be bool, got {_check.name(separators.dtype)}")
+    _check.count(where, "train_scale", train_scale, 1)
+    closed = separators.long()
+    inter = closed.cumsum(-1) - closed
+    return _place_in_segment(inter).clamp(max=train_scale - 1), inter
+
+
+def _place_in_segment(segments: Tensor) -> Tensor:
+    """Tokens since the segment number last changed."""
+    n = torch.arange(segments.shape[-1], device=segments.device).expand_as(segments)
+    starts = torch.zeros_like(n)
+    starts[..., 1:] = torch.where(segments[..., 1:] != segments[..., :-1], n[..., 1:], 0)
+    return n - starts.cummax(-1).values if n.numel() else n
+
+
+def hirope(segments: Tensor) -> Tensor:
+    """HiRoPE's two axes, for `fastpe.rope.hirope` (arXiv 2403.19115).
+
+    Args:
+        segments: int64 ``(N,)`` or ``(B, N)``, the number of each token's segment (function, class, ...), in rising order.
+
+    Returns:
+        int64 ``(2, N)`` or ``(2, B, N)``: place inside the segment, number of the segment.
+
+    >>> import torch, fastpe
+    >>> fastpe.positions.hirope(torch.tensor([0, 0, 1, 1, 1])).tolist()
+    [[0, 1, 0, 1, 2], [0, 0, 1, 1, 1]]
+    """
+    _check.is_integer("fastpe.positions.hirope", "segments", segments)
+    return torch.stack((_place_in_segment(segments), segments.long()))
+
+
+def hirope_regions(segments: Tensor, window: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of HiRoPE's two regions (arXiv 2403.19115).
+
+    Keys nearer than ``window`` tokens are met at plain positions, the others at two-level ones whose segment distance
+    starts from ``window - 1``.
+
+    Args:
+        segments: as in `hirope`.
+
+    Returns:
+        near (both sides), far queries, far keys: int64 ``(2, N)`` or ``(2, B, N)`` each.
+
+    >>> import torch, fastpe
+    >>> near, far_q, far_k = fastpe.positions.hirope_regions(torch.tensor([0, 0, 1]), window=2)
+    >>> near.tolist(), (far_q - far_k).tolist()
+    ([[0, 1, 2], [0, 1, 2]], [[0, 0, 0], [1, 1, 1]])
+    """
+    _check.count("fastpe.positions.hirope_regions", "window", window, 1)
+    far = hirope(segments)
+    n = torch.arange(far.shape[-1], device=far.device).expand_as(far).contiguous()
+    shift = torch.tensor([0, window - 1], device=far.device).view(2, *[1] * (far.dim() - 1))
+    return n, far + shift, far
+
+
+def v2pe(is_image: Tensor, stride: float | Tensor, num_image_token: int = 256) -> Tensor:
+    """V2PE: image tokens advance the position by a fraction (arXiv 2412.09616).
+
+    A text token goes to the next whole number above the position before it, an image token ``stride / num_image_token``
+    further.
+
+    Args:
+        is_image: bool ``(N,)``; the tokens that open and close an image count as text.
+        stride: 1 .. 256, one number or one per token ``(N,)`` (read at image tokens).
+
+    Returns:
+        float64 ``(N,)``. Generated tokens continue with +1.
+
+    >>> import torch, fastpe
+    >>> fastpe.positions.v2pe(torch.tensor([False, True, True, False]), stride=64).tolist()
+    [0.0, 0.25, 0.5, 2.0]
+    """
+    where = "fastpe.positions.v2pe"
+    _check.is_tensor(where, "is_image", is_image)
+    if is_image.dtype != torch.bool or is_image.dim() != 1:
+        raise ValueError(
+            f"{where}: is_image must be bool (N,), got {_check.name(is_image.dtype)} {_check.shape(is_image)}"
+        )
+    _check.count(where, "num_image_token", num_image_token, 1)
+    stride = torch.as_tensor(stride, dtype=torch.float64)
+    if stride.dim() > 1 or (stride.dim() == 1 and stride.shape != is_image.shape):
+        raise ValueError(f"{where}: stride must be a number or ({is_image.shape[0]},), got {_check.shape(stride)}")
+    step = torch.where(is_image, stride / num_image_token, 0.0)
+    out = torch.empty(is_image.shape[0], dtype=torch.float64)
+    position, start = -1.0, 0
+    # runs of tokens of one kind
+    edges = (torch.where(is_image[1:] != is_image[:-1])[0] + 1).tolist()
+    for end in [*edges, is_image.shape[0]]:
+        if end == start:
+            continue
+        if bool(is_image[start]):
+            out[start:end] = position + step[start:end].cumsum(0)
+        else:
+            out[start:end] = math.ceil(position) + torch.arange(1, end - start + 1)
+        position, start = float(out[end - 1]), end
+    return out
+
+
+def increments(delta: Tensor, start: float = 0.0) -> Tensor:
+    """``start + cumsum(delta)`` along the last axis, float64: the general form of rules that advance by an amount per token.
+
+    Differentiable: with learned or content-dependent ``delta`` the rotation is too. Increments of +-1 that change sign where
+    the language switches are one reading of CONFLATOR's switching points (arXiv 2309.05270).
+
+    >>> import torch, fastpe
+    >>> fastpe.positions.increments(torch.tensor([0.0, 1.0, 0.5])).tolist()
+    [0.0, 1.0, 1.5]
+    """
+    _check.is_tensor("fastpe.positions.increments", "delta", delta)
+    return start + delta.double().cumsum(-1)
+
+
+def grid(shape: Sequence[int], leading: int = 0) -> Tensor:
+    """Row-major places in a grid, int64 ``(axes, leading + prod(shape))`` (rope-vit, arXiv 2403.13298; MD-LRPE, 2405.21022).
+
+    Axis 0 is the slowest, so a picture of h rows and w columns is ``grid((h, w))`` with axes (row, column).
+
+    Args:
+        leading: tokens before the grid (class token, text) that stay un-rotated: 0 on all axes.
+
+    >>> import fastpe
+    >>> fastpe.positions.grid((2, 2), leading=1).tolist()
+    [[0, 0, 0, 1, 1], [0, 0, 1, 0, 1]]
+    """
+    where = "fastpe.positions.grid"
+    if not shape:
+        raise ValueError(f"{where}: shape must have at least one axis, got none")
+    for n in shape:
+        _check.count(where, "shape", n, 1)
+    _check.count(where, "leading", leading, 0)
+    places = torch.stack([x.flatten() for x in torch.meshgrid(*map(torch.arange, shape), indexing="ij")])
+    return torch.cat((torch.zeros(len(shape), leading, dtype=torch.int64), places), 1)
+
+
+def mrope(
+    token_types: Tensor,
+    grids: Sequence[Sequence[int]] = (),
+    merge: int = 2,
+    *,
+    intervals: Sequence[float] | None = None,
+) -> tuple[Tensor, int]:
+    """M-RoPE positions on the axes (t, h, w) for text with pictures and videos (Qwen2-VL, arXiv 2409.12191).
+
+    Text advances all axes by one. A block of T x H x W patches starts at the running position on every axis and counts
+    ``t``, ``y``, ``x`` from there, t slowest, with ``y < H // merge`` and ``x < W // merge``; then the running position advances
+    by ``max(H, W) // merge``, as in transformers 5. The length of a video does not count, so positions of a long one overlap
+    the text after it.
+
+    Args:
+        token_types: integers ``(N,)``: 0 for text, anything else for the tokens of pictures and videos.
+        grids: (T, H, W) in patches for each picture or video, in the order of the text. Neighbouring blocks may touch.
+        merge: patches per token along each side.
+        intervals: positions per step of t for each block, 1 if not given; the step is ``floor(t * interval)``
+            (Qwen2.5-VL: tokens per second times seconds per grid).
+
+    Returns:
+        int64 ``(3, N)``, and ``delta = largest position + 1 - N``: generated token n goes to ``n + delta``.
+
+    Raises:
+        ValueError: grids that do not fill the vision tokens exactly.
+
+    >>> import torch, fastpe
+    >>> p, delta = fastpe.positions.mrope(torch.tensor([0, 1, 1, 0]), [(1, 2, 4)])
+    >>> p.tolist(), delta
+    ([[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]], 0)
+    """
+    where = "fastpe.positions.mrope"
+    _check.is_integer(where, "token_types", token_types)
+    if token_types.dim() != 1:
+        raise ValueError(f"{where}: token_types must be (N,), got shape {_check.shape(token_types)}")
+    _check.count(where, "merge", merge, 1)
+    if intervals is None:
+        intervals = [1.0] * len(grids)
+    if len(intervals) != len(grids):
+        raise ValueError(f"{where}: intervals has {len(intervals)} entries, expected {len(grids)} (one per grid)")
+    vision = (token_types != 0).tolist()
+    n, at, block, running = len(vision), 0, 0, 0
+    parts = []
+    while at < n:
+        if not vision[at]:
+            end = at
+            while end < n and not vision[end]:
+                end += 1
+            parts.append(torch.arange(running, running + end - at).expand(3, -1))
+            running, at = running + end - at, end
+            continue
+        if block == len(grids):
+            raise ValueError(f"{where}: grids has {len(grids)} entries, but token {at} starts another vision block")
+        t, h, w = grids[block]
+        if h % merge or w % merge:
+            raise ValueError(f"{where}: grids[{block}] has sides {h} x {w}, which are no multiples of merge {merge}")
+        places = grid((t, h // merge, w // merge))
+        size = places.shape[1]
+        if not all(vision[at : at + size]) or at + size > n:
+            raise ValueError(f"{where}: grids[{block}] needs {size} vision tokens from token {at} on, which the text does not have")
+        places[0] = (places[0] * intervals[block]).floor().long()
+        parts.append(places + running)
+        running, at, block = running + max(h, w) // merge, at + size, block + 1
+    if block != len(grids):
+        raise ValueError(f"{where}: grids has {len(grids)} entries, the text has room for {block}")
+    positions = torch.cat(parts, 1) if parts else torch.zeros(3, 0, dtype=torch.int64)
+    return positions, (int(positions.max()) + 1 - n if n else 0)
+
+
+def clex_train(
+    n: int,
+    original: int,
+    factor: int | None = None,
+    *,
+    max_factor: int = 16,
+    sample: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, int]:
+    """CLEX's training positions: n tokens spread over t times their number (arXiv 2310.16450).
+
+    Args:
+        n: tokens, at least 3.
+        original: L0, length the model was trained at.
+        factor: t, drawn uniformly from 1 .. max_factor if not given.
+        sample: n - 2 different numbers of [0, n t - 2).
+
+    Returns:
+        float64 ``(n,)`` positions and t, to be passed on as `rope.clex`'s ``factor``.
+
+    >>> import torch, fastpe
+    >>> p, t = fastpe.positions.clex_train(4, 64, factor=2, sample=torch.tensor([1, 4]))
+    >>> p.tolist(), t
+    ([0.0, 2.0, 5.0, 7.0], 2)
+    """
+    where = "fastpe.positions.clex_train"
+    _check.count(where, "n", n, 3)
+    _check.count(where, "original", original, 1)
+    _check.count(where, "max_factor", max_factor, 1)
+    factor = _integer(1, max_factor, generator) if factor is None else _check.count(where, "factor", factor, 1)
+    limit = n * factor - 2
+    sample = _sample(limit, n - 2, generator) if sample is None else _distinct(where, "sample", sample, n - 2, limit)
+    squeeze = max(1, n // original)
+    ends = torch.tensor([0.0, n * factor // squeeze - 1], dtype=torch.float64)
+    return torch.cat((ends[:1], (sample + 1).double() / squeeze, ends[1:])), factor
