@@ -1,0 +1,267 @@
+"""How each golden case is asked for through the public names, and which cannot be, and why."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+
+import fastpe
+from fastpe import bias, mask
+
+# Files whose method is not in fastpe yet.
+LATER_FILES = {
+    "bias_fire": "fastpe.bias.Fire",
+    "bias_cope": "fastpe.bias.Cope",
+    "bias_qrel": "fastpe.bias.RowTable and ColTable",
+    "bias_relproj": "fastpe.bias.RowTable",
+    "bias_dense": "fastpe.bias.Dense",
+    "bias_dape": "mixes heads: no per-head bias; fastpe.bias.Dense with scores made outside",
+    "chunk_anchor": "fastpe.mask.intervals",
+    "chunk_ape": "fastpe.merge",
+    "chunk_ccm": "fastpe.mask.segments",
+    "chunk_cepe": "fastpe.merge",
+    "chunk_context_pruning": "fastpe.bias.Dense",
+    "chunk_dca": "fastpe.region.dual_chunk",
+    "chunk_extended_mind": "fastpe.region.key_set",
+    "chunk_gali": "fastpe.positions.gali and logit noise",
+    "chunk_hyper": "fastpe.mask.blocks and fastpe.merge",
+    "chunk_keymass": "fastpe.attention_mass",
+    "chunk_landmark": "fastpe.landmark_attention",
+    "chunk_landmark_cache": "fastpe.landmark_attention",
+    "chunk_loki": "fastpe.mask.blocks",
+    "chunk_longheads": "fastpe.mask.blocks",
+    "chunk_longllama": "fastpe.region.key_set",
+    "chunk_lse_merge": "fastpe.merge",
+    "chunk_memlong": "fastpe.region.key_set",
+    "chunk_pcw": "fastpe.mask.intervals",
+    "chunk_rerope": "fastpe.region.rerope",
+    "chunk_selfextend": "fastpe.region.self_extend",
+    "chunk_selfextend_bidir": "fastpe.region.self_extend_bidirectional",
+    "chunk_sentinel": "fastpe.mask.segments",
+    "chunk_squeezed": "fastpe.mask.blocks",
+    "chunk_streaming": "fastpe.region.streaming",
+    "chunk_string": "fastpe.region.string",
+    "chunk_structured_prompting": "fastpe.mask.intervals",
+    "chunk_superposition": "fastpe.mask.intervals",
+    "chunk_wrope": "fastpe.region.wrope",
+}
+
+# Cases of supported files that the public names cannot express.
+NOT_RUN = {
+    ("bias_kerple", "power_weighted"): "multiplies the scores by a function of the distance; the score has no such factor",
+    ("bias_fox", "per_row_contextual"): "needs the sum of all pairwise gates of a row: the scan of fastpe.bias.Cope",
+    ("bias_score_mods", "alibi_then_softcap"): "caps after the bias; attention caps before it",
+}
+
+# Gradients stored beside the inputs' own that nothing public holds.
+NOT_COMPARED = {
+    ("bias_t5", "encoder", "d_per_distance"): "of the expanded table, which the object makes",
+    ("bias_t5", "decoder", "d_per_distance"): "of the expanded table, which the object makes",
+    ("bias_t5", "encoder_temperature", "d_per_distance"): "of the expanded table, which the object makes",
+    ("bias_t5", "encoder_padded", "d_per_distance"): "of the expanded table, which the object makes",
+    ("bias_fox", "left_padded", "d_log_lambda"): "of the sum of the zeroed gates, which the object makes",
+}
+
+
+def _causal(a, **kwargs):
+    return kwargs | {"is_causal": True}
+
+
+def _alibi(a, leaf, **more):
+    return _causal(a, bias=bias.Alibi(leaf("slopes")), **more)
+
+
+def _random_distance(a, leaf, of_distance):
+    slopes = leaf("slopes")
+    return {"bias": bias.RelativeTable(lambda d: -slopes[:, None] * of_distance(d).to(slopes.dtype))}
+
+
+def _t5(bidirectional, max_distance, causal, factor=1.0):
+    def call(a, leaf, watch):
+        b = bias.T5(leaf("table"), bidirectional, max_distance, factor)
+        kwargs = {"bias": b, "is_causal": causal}
+        if "temperature" in a:
+            kwargs["temperature"] = float(a["temperature"])
+        return kwargs
+
+    return call
+
+
+def _t5_padded(a, leaf, watch):
+    return {"bias": bias.T5(leaf("table"), True, 24), "mask": mask.padding(a["mask"].any(0))}
+
+
+def _prefix(watch, terms, name="prefix"):
+    c = fastpe.prefix_sum(terms)
+    watch(name, c.local)
+    return c
+
+
+def _cable(increment, kind):
+    def call(a, leaf, watch):
+        c = _prefix(watch, -increment(leaf("h")))
+        g = watch("g", F.softplus(leaf("hs"))) if "hs" in a else None
+        padded = mask.padding(a["mask"].any(0)) if kind.endswith("padded") else None
+        bidirectional = "bidirectional" in kind
+        b = bias.KernelCable(c, g) if kind.startswith("kernel") else bias.Cable(c, g, bidirectional)
+        return {"bias": b, "is_causal": not bidirectional, "mask": padded}
+
+    return call
+
+
+def _fox(a, leaf, watch):
+    gates = watch("log_fgate", F.logsigmoid(leaf("fgate_logit")))
+    kwargs = {"is_causal": True}
+    if "seq_start" in a:
+        start = a["seq_start"]
+        kwargs["mask"] = mask.padding(torch.arange(gates.shape[-1]) >= start[:, None])
+        b = bias.Forget(gates, start)
+    else:
+        b = bias.Forget(_prefix(watch, gates, "log_lambda"))
+    return kwargs | {"bias": b}
+
+
+def _fox_both_sides(a, leaf, watch):
+    """Two calls, one for each side, joined by their lse: the sides decay by different gates."""
+    gates = watch("log_fgate", F.logsigmoid(leaf("fgate_logit")))
+    past, future = gates.chunk(2, dim=1)
+    n = gates.shape[-1]
+    after = mask.dense(torch.ones(n, n, dtype=torch.bool).triu(1))
+
+    def run(attention, q, k, v, **kwargs):
+        parts = [
+            attention(q, k, v, bias=bias.Forget(past), is_causal=True, return_lse=True, **kwargs),
+            attention(q, k, v, bias=bias.Forget(-future), mask=after, return_lse=True, **kwargs),
+        ]
+        lse = torch.logaddexp(parts[0][1], parts[1][1])
+        out = sum(torch.exp(part - lse)[..., None] * out for out, part in parts)
+        return out.to(q.dtype), lse
+
+    return {"run": run}
+
+
+def _swa(a, leaf, watch):
+    rope = fastpe.Rope(a["inv_freq"])
+    kwargs = {"rope": rope, "positions": a["positions"], "is_causal": True}
+    window, sinks = a["window"], a["sinks"]
+    kwargs["mask"] = mask.window(window) & mask.sinks(sinks)
+    if len(a["cu_seqlens"]) > 2:
+        kwargs["mask"] &= mask.documents(cu_seqlens=a["cu_seqlens"])
+    return kwargs
+
+
+def _head_scale(a, leaf, watch):
+    return _causal(a, head_scale=leaf("head_scale"))
+
+
+def _scored_alibi(a, leaf, watch):
+    kwargs = _alibi(a, leaf)
+    if "head_scale" in a:
+        kwargs |= {"head_scale": leaf("head_scale"), "row_scale": a["row_scale"]}
+    if "softcap" in a:
+        kwargs["softcap"] = float(a["softcap"])
+    if "window" in a:
+        kwargs |= {"mask": mask.window(int(a["window"])), "sink": leaf("sink")}
+    return kwargs
+
+
+# (file, case) -> call(a, leaf, watch) -> the arguments of fastpe.attention beyond q, k, v and scale, or {"run": ...}.
+# `a` holds the arrays, leaf(name) is array `name` as an input that requires grad, watch(name, x) compares x's gradient.
+CALLS = {
+    ("bias_alibi", "causal_pow2"): lambda a, leaf, watch: _alibi(a, leaf),
+    ("bias_alibi", "causal_nonpow2_gqa_offset"): lambda a, leaf, watch: _alibi(a, leaf),
+    ("bias_alibi", "flash_noncausal_batch_slopes"): lambda a, leaf, watch: {"bias": bias.Alibi(leaf("slopes"))},
+    # The row term is dropped: every query stands at the last key.
+    ("bias_alibi", "flash_causal_shortcut"): lambda a, leaf, watch: _causal(
+        a,
+        bias=bias.RelativeFn(
+            "linear",
+            params=(leaf("slopes"), a["slopes"]),
+            query_values=torch.full((a["q"].shape[2],), a["k"].shape[2] - 1),
+        ),
+    ),
+    ("bias_alibi", "custom_positions_causal"): lambda a, leaf, watch: _causal(
+        a, bias=bias.Alibi(leaf("slopes"), positions=leaf("pos"))
+    ),
+    ("bias_alibi", "asymmetric_bidirectional"): lambda a, leaf, watch: {
+        "bias": bias.Alibi(leaf("slope_past"), leaf("slope_future"))
+    },
+    ("bias_alibi", "packed_causal"): lambda a, leaf, watch: _alibi(
+        a, leaf, mask=mask.documents(cu_seqlens=a["cu_seqlens"])
+    ),
+    ("bias_alibi", "randpe_bidirectional"): lambda a, leaf, watch: _random_distance(
+        a, leaf, lambda d: d.abs() - 0.5 * (d > 0)
+    ),
+    ("bias_alibi", "randpe_randomised"): lambda a, leaf, watch: _random_distance(
+        a, leaf, lambda d: a["distance_map"][d.abs()] - 0.5 * (d > 0)
+    ),
+    ("bias_bipe_alibi", "causal"): lambda a, leaf, watch: _causal(
+        a, bias=bias.bipe_alibi(leaf("slopes"), a["segment_pos"], factor=1.0)
+    ),
+    ("bias_kerple", "log"): lambda a, leaf, watch: _causal(a, bias=bias.Kerple(leaf("bias_p"), leaf("bias_a"))),
+    ("bias_kerple", "power"): lambda a, leaf, watch: _causal(
+        a, bias=bias.Kerple(leaf("bias_p"), leaf("bias_a"), "power")
+    ),
+    ("bias_t5", "encoder"): _t5(True, 32, False),
+    ("bias_t5", "decoder"): _t5(False, 48, True),
+    ("bias_t5", "encoder_temperature"): _t5(True, 32, False),
+    ("bias_t5", "encoder_padded"): _t5_padded,
+    ("bias_t5", "neox_causal_scaled_table"): _t5(False, 128, True, math.sqrt(16)),
+    ("bias_sandwich", "causal"): lambda a, leaf, watch: _causal(
+        a, bias=bias.Sandwich(a["q"].shape[1], dim=int(a["d_bar"]))
+    ),
+    ("bias_cable", "v1_repo_scale1"): _cable(F.softplus, "v1"),
+    ("bias_cable", "v3_weighted"): _cable(torch.relu, "v3"),
+    ("bias_cable", "v3_weighted_bidirectional"): _cable(torch.relu, "bidirectional"),
+    ("bias_cable", "v3_weighted_bidirectional_padded"): _cable(torch.relu, "bidirectional_padded"),
+    ("bias_cable", "kernel_softplus"): _cable(F.softplus, "kernel"),
+    ("bias_cable", "kernel_weighted"): _cable(torch.relu, "kernel"),
+    ("bias_cable", "kernel_weighted_bidirectional"): _cable(torch.relu, "kernel_bidirectional"),
+    ("bias_cable", "nw_softplus_gqa_offset"): _cable(F.softplus, "v1"),
+    ("bias_fox", "causal"): _fox,
+    ("bias_fox", "offset"): _fox,
+    ("bias_fox", "left_padded"): _fox,
+    ("bias_fox", "strong_decay"): _fox,
+    ("bias_fox", "xt_causal"): _fox,
+    ("bias_fox", "xt_bidirectional"): _fox_both_sides,
+    ("bias_score_mods", "head_scale"): _head_scale,
+    ("bias_score_mods", "uniform_scale"): lambda a, leaf, watch: _causal(a),
+    ("bias_score_mods", "log_n_scale"): lambda a, leaf, watch: _causal(a, row_scale=a["row_scale"]),
+    ("bias_score_mods", "head_row_scale_with_alibi"): _scored_alibi,
+    ("bias_score_mods", "softcap"): lambda a, leaf, watch: _causal(a, softcap=float(a["softcap"])),
+    ("bias_score_mods", "softcap_then_alibi"): _scored_alibi,
+    ("bias_score_mods", "sink"): lambda a, leaf, watch: _causal(a, sink=leaf("sink")),
+    ("bias_score_mods", "sink_with_prefix_bias"): lambda a, leaf, watch: _causal(
+        a, bias=bias.Cable(_prefix(watch, F.logsigmoid(leaf("h") + 2))), sink=leaf("sink")
+    ),
+    ("bias_score_mods", "window_sink_alibi"): _scored_alibi,
+    ("chunk_swa", "window"): _swa,
+    ("chunk_swa", "sinks"): _swa,
+    ("chunk_swa", "packed"): _swa,
+}
+
+
+def _slopes(a):
+    for name, want in a.items():
+        got = bias.alibi_slopes(int(name[1:]))
+        torch.testing.assert_close(got.double(), want, rtol=1e-7, atol=0)
+
+
+def _buckets(kind, buckets, distance):
+    def check(a):
+        got = bias.t5_bucket(
+            a["rel_key_minus_query"], bidirectional=kind == "bi", num_buckets=buckets, max_distance=distance
+        )
+        assert torch.equal(got, a["bucket"])
+
+    return check
+
+
+# Cases that are tables and no attention.
+TABLES = {("bias_alibi", "slopes"): _slopes}
+for _name in ("bi_32_128", "bi_64_512", "bi_16_64", "uni_32_128", "uni_64_512", "uni_16_64"):
+    _kind, _buckets_, _distance = re.fullmatch(r"(\w+?)_(\d+)_(\d+)", _name).groups()
+    TABLES["bias_t5", f"bucket_{_name}"] = _buckets(_kind, int(_buckets_), int(_distance))

@@ -1,0 +1,155 @@
+"""Every golden case through the public names: the definition in float64, then the kernels in every dtype and ISA."""
+
+from __future__ import annotations
+
+import conftest_golden as golden
+import pytest
+import table
+import torch
+
+import fastpe
+from fastpe._load import _C
+from fastpe.testing import compare
+from fastpe.testing.cases import Leaves
+
+MINE = [stem for stem in golden.stems() if stem.split("_")[0] in ("bias", "chunk") and stem not in table.LATER_FILES]
+FOUND = [(stem, case) for stem in MINE for case in golden.case_names(stem)]
+CALLED = [key for key in FOUND if key in table.CALLS]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Where every entry is tiny (gradients under strong decay), the terms that cancelled are of order one and set the error.
+FLOOR = 1e-2
+
+
+def ids(key):
+    return "/".join(key) if isinstance(key, tuple) else str(key).removeprefix("torch.")
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request):
+    before = _C.current_isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+class Golden:
+    """One case, its inputs rounded for a dtype."""
+
+    def __init__(self, stem, case, dtype, wide=False):
+        self.a = golden.load(stem, case)
+        self.stem, self.case = stem, case
+        leaves = self.leaves = Leaves(dtype, wide)
+        for name, main in (("q", True), ("k", True), ("v", True)):
+            leaves(name, self.a[name], main=main)
+        # Every other number the call may use, rounded as the kernels will read it.
+        inputs = {
+            name: leaves.rounded(x) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() else x
+            for name, x in self.a.items()
+        }
+        if "inv_freq" in self.a:
+            inputs["inv_freq"] = self.a["inv_freq"]
+        kwargs = table.CALLS[stem, case](inputs, lambda name: leaves(name, self.a[name]), leaves.watch)
+        self.run = kwargs.pop("run", None)
+        self.kwargs = kwargs | ({"scale": float(self.a["scale"])} if "scale" in self.a else {})
+        self.dout = leaves.rounded(self.a["do"], main=True)
+
+    def __call__(self, attention):
+        q, k, v = (self.leaves.named[name] for name in "qkv")
+        if self.run:
+            out, lse = self.run(attention, q, k, v, **self.kwargs)
+        else:
+            out, lse = attention(q, k, v, **self.kwargs, return_lse=True)
+        (out * self.dout.to(out.dtype)).sum().backward()
+        return {"out": out, "lse": lse, **self.gradients()}
+
+    def gradients(self):
+        """Name in the file -> gradient, for every gradient the file holds."""
+        found = {}
+        for name in self.a:
+            what = name[1:] if name in ("dq", "dk", "dv") else name[2:] if name.startswith("d_") else None
+            if what is None or what not in self.leaves.named:
+                continue
+            found[name] = self.leaves.named[what].grad
+        return found
+
+    def stored(self):
+        """The results the file holds and this test must compare."""
+        names = {n for n in self.a if n in ("out", "lse", "dq", "dk", "dv") or n.startswith("d_")} - {"d_bar"}
+        return {n for n in names if (self.stem, self.case, n) not in table.NOT_COMPARED}
+
+
+@pytest.mark.parametrize("stem", golden.stems())
+def test_file_is_known(stem):
+    """A new golden file must be run, or be named as a later method; rope_* files are those of tests/rope."""
+    known = {file for file, _ in table.CALLS} | set(table.LATER_FILES)
+    assert stem in known or stem.startswith("rope_"), f"{stem} is in no table"
+
+
+@pytest.mark.parametrize("key", FOUND, ids=ids)
+def test_case_is_known(key):
+    assert key in table.CALLS or key in table.TABLES or key in table.NOT_RUN, f"{key} is in no table"
+
+
+def test_no_stale_entries():
+    """With the full set at hand every entry of the tables must exist in it."""
+    if len(golden.folders()) == 1:
+        pytest.skip("the full golden set is not here")
+    entries = {*table.CALLS, *table.TABLES, *table.NOT_RUN}
+    assert entries <= set(FOUND), sorted(entries - set(FOUND))
+    assert set(table.LATER_FILES) <= set(golden.stems())
+
+
+@pytest.mark.parametrize("key", [key for key in FOUND if key in table.TABLES], ids=ids)
+def test_table(key, record_property):
+    table.TABLES[key](golden.load(*key))
+    record_property("golden", (*key, "table"))
+
+
+@pytest.mark.parametrize("key", CALLED, ids=ids)
+def test_definition(key, record_property):
+    g = Golden(*key, torch.float64)
+    got = g(fastpe.reference.attention)
+    compared = set(got)
+    stored = g.stored()
+    assert compared >= stored, f"stored but not compared: {sorted(stored - compared)}"
+    for name in sorted(stored):
+        compare.close(name, got[name], g.a[name], 1e-10, floor=FLOOR)
+    record_property("golden", (*key, "definition"))
+
+
+@pytest.mark.parametrize("key", CALLED, ids=ids)
+def test_dense_bias_and_mask(key):
+    """The objects' own dense forms, against the arrays the original code made."""
+    g = Golden(*key, torch.float64)
+    if g.run or "bias" not in g.a and "mask" not in g.a and "visible" not in g.a:
+        pytest.skip("nothing stored to compare")
+    (B, H, Nq, _), Nk = g.a["q"].shape, g.a["k"].shape[2]
+    causal = g.kwargs.get("is_causal", False)
+    call = fastpe.bias.Call(B, H, Nq, Nk, causal, torch.float64, torch.device("cpu"))
+    m = g.kwargs.get("mask") or fastpe.mask.Mask()
+    visible = (m & fastpe.mask.causal() if causal else m).materialize(call)
+    stored = g.a.get("mask", g.a.get("visible", torch.ones(Nq, Nk, dtype=torch.bool)))
+    assert (visible == stored).all()
+    if "bias" in g.a and g.kwargs.get("bias") is not None:
+        got, want = torch.broadcast_tensors(g.kwargs["bias"].materialize(call), g.a["bias"])
+        seen = visible.broadcast_to(got.shape)
+        compare.close("bias", got[seen], want[seen], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("key", CALLED, ids=ids)
+def test_kernels(key, dtype, isa, record_property):
+    got = Golden(*key, dtype)(fastpe.attention)
+    if dtype in compare.TOLERANCE:
+        want = golden.load(*key)
+        forward, backward = compare.TOLERANCE[dtype]
+        for name, x in got.items():
+            compare.close(name, x, want[name], forward if name in ("out", "lse") else backward, floor=FLOOR)
+    else:
+        want = Golden(*key, dtype, wide=True)(fastpe.reference.attention)
+        own = Golden(*key, dtype)(compare.eager_attention)
+        for name, x in got.items():
+            parameter = dtype if name.startswith("d_") else None
+            compare.close_half(name, x, want[name], own[name], floor=FLOOR, dtype=parameter)
+    record_property("golden", (*key, f"{ids(dtype)} {isa}"))
