@@ -215,29 +215,39 @@ def _anchor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.double() - base.index_select(-1, block)).to(dtype), base
 
 
-def _relative(call, where, kind, params, query_values, key_values, row_weight) -> OpBias:
-    """Kernel arguments of g * phi(u - w)."""
+def _relative(
+    call: Call,
+    where: str,
+    kind: str,
+    params: tuple[Tensor, Tensor] | None,
+    query_values: Tensor | None,
+    key_values: Tensor | Prefix | None,
+    row_weight: Tensor | None,
+    names: tuple[str, str] = ("query_values", "key_values"),
+) -> OpBias:
+    """Kernel arguments of g * phi(u - w); `names` are what the user calls u and w."""
+    what_u, what_w = names
     u = w = base = gamma = packed = None
     if key_values is not None:
         keys = key_values if isinstance(key_values, Prefix) else _tokens(key_values)
         local = keys.local if isinstance(keys, Prefix) else keys
         if local.dim() != 3:
-            raise ValueError(f"{where}: key_values must be a Prefix of shape (B, H, N), got {_check.shape(local)}")
-        _fit_tokens(call, where, "key_values", local, call.Nk, "keys")
+            raise ValueError(f"{where}: {what_w} must be a Prefix of shape (B, H, N), got {_check.shape(local)}")
+        _fit_tokens(call, where, what_w, local, call.Nk, "keys")
         if not isinstance(keys, Prefix):
-            _check.positions_in_range(where, "key_values", keys)
+            _check.positions_in_range(where, what_w, keys)
         if query_values is None:
             _needs_query_index(call, where)
             if isinstance(keys, Prefix):
-                w, base = call.aux(where, "key_values", keys.local), keys.base
+                w, base = call.aux(where, what_w, keys.local), keys.base
             else:
                 w, base = _anchor(keys, call.dtype)
         else:
             w = keys.values() if isinstance(keys, Prefix) else keys
     if query_values is not None:
         u = _tokens(query_values)
-        _fit_tokens(call, where, "query_values", u, call.Nq, "queries")
-        _check.positions_in_range(where, "query_values", u)
+        _fit_tokens(call, where, what_u, u, call.Nq, "queries")
+        _check.positions_in_range(where, what_u, u)
         if w is None:
             w = call.key_index()[None, None]
         # A common shift leaves u - w as it is and lets float32 hold large positions.
@@ -360,7 +370,8 @@ class Alibi(Bias):
         return tuple(_per_head(call, self._where, what, x) for what, x in (("slopes", past), ("future_slopes", future)))
 
     def op_args(self, call: Call) -> OpBias:
-        return _relative(call, self._where, "linear", self._slopes(call), *self._values(), None)
+        names = ("", "positions") if self.key_positions is None else ("positions", "key_positions")
+        return _relative(call, self._where, "linear", self._slopes(call), *self._values(), None, names)
 
     def materialize(self, call: Call) -> Tensor:
         past, future = (m.double()[..., None, None] for m in self._slopes(call))
@@ -742,7 +753,7 @@ class Cable(_Cumulative):
 
     def op_args(self, call: Call) -> OpBias:
         kind = "abs" if self.bidirectional else "signed"
-        return _relative(call, self._where, kind, None, None, self._prefix(), self.row_weight)
+        return _relative(call, self._where, kind, None, None, self._prefix(), self.row_weight, ("", self._field))
 
     def materialize(self, call: Call) -> Tensor:
         d = _dense_difference(call, self._where, None, _dense_prefix(self.prefix))
@@ -784,7 +795,7 @@ class KernelCable(_Cumulative):
             _check_tokens(self._where, "row_weight", self.row_weight)
 
     def op_args(self, call: Call) -> OpBias:
-        return _relative(call, self._where, "logsq", None, None, self._prefix(), self.row_weight)
+        return _relative(call, self._where, "logsq", None, None, self._prefix(), self.row_weight, ("", self._field))
 
     def materialize(self, call: Call) -> Tensor:
         d = _dense_difference(call, self._where, None, _dense_prefix(self.prefix))
@@ -839,7 +850,7 @@ class Forget(_Cumulative):
         return x if isinstance(x, Prefix) else prefix_sum(x)
 
     def op_args(self, call: Call) -> OpBias:
-        return _relative(call, self._where, "signed", None, None, self._prefix(), None)
+        return _relative(call, self._where, "signed", None, None, self._prefix(), None, ("", self._field))
 
     def materialize(self, call: Call) -> Tensor:
         return _dense_difference(call, self._where, None, _dense_prefix(self._gates()))

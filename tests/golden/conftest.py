@@ -1,1 +1,1 @@
-from conftest_golden import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
+from golden_files import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import conftest_golden as golden
+import golden_files as golden
 import pytest
-import table
+import golden_table as table
 import torch
 
 import fastpe

@@ -1,4 +1,4 @@
-"""Finds the golden files: the repository's small set and, where it exists, the full set.
+"""Finds and reads the golden files: the repository's small set and, where it exists, the full set.
 
 FASTPE_GOLDEN names the folder of the full set; without it ../shared/golden beside the repository is used if present. A case
 in both is run from the full set, which holds the same numbers.
@@ -64,7 +64,6 @@ def load(stem: str, case: str) -> dict:
 _ran: collections.Counter = collections.Counter()
 
 
-@pytest.hookimpl
 def pytest_runtest_logreport(report):
     if report.when == "call" and report.passed:
         for key, value in report.user_properties:
