@@ -45,11 +45,12 @@ class Leaves:
     """Makes the float inputs of a call and remembers them by name, so that their gradients can be compared.
 
     Numbers come in float64 and are rounded to what the kernel will read: q, k and v to the call's dtype, everything else
-    to float32 (float64 for float64). `wide` brings the rounded numbers back to float64.
+    to float32 (float64 for float64). `wide` brings the rounded numbers back to float64. `given` takes the place of leaves
+    by name.
     """
 
-    def __init__(self, dtype: torch.dtype, wide: bool = False):
-        self.dtype, self.wide = dtype, wide
+    def __init__(self, dtype: torch.dtype, wide: bool = False, given: dict[str, Tensor] | None = None):
+        self.dtype, self.wide, self.given = dtype, wide, given or {}
         self.aux = torch.float64 if dtype == torch.float64 else torch.float32
         self.named: dict[str, Tensor] = {}
 
@@ -59,7 +60,7 @@ class Leaves:
 
     def __call__(self, name: str, x: Tensor, *, main: bool = False) -> Tensor:
         assert name not in self.named, name
-        self.named[name] = self.rounded(x, main=main).requires_grad_()
+        self.named[name] = self.given[name] if name in self.given else self.rounded(x, main=main).requires_grad_()
         return self.named[name]
 
     def watch(self, name: str, x: Tensor) -> Tensor:
@@ -277,9 +278,10 @@ def _store(x: Tensor, storage: str) -> Tensor:
     return x
 
 
-def build(case: Case, dtype: torch.dtype, *, wide: bool = False) -> Run:
-    """The call a case describes, its numbers rounded to `dtype`; with `wide`, those rounded numbers in float64."""
-    leaves = Leaves(dtype, wide)
+def build(case: Case, dtype: torch.dtype, *, wide: bool = False, given: dict[str, Tensor] | None = None) -> Run:
+    """The call a case describes, its numbers rounded to `dtype`; with `wide`, those rounded numbers in float64; `given`
+    takes the place of leaves by name."""
+    leaves = Leaves(dtype, wide, given)
     d = _Draw(case, leaves)
     c = case
     shapes = {"query": (c.B, c.H, c.Nq, c.D), "key": (c.B, c.Hk, c.Nk, c.D), "value": (c.B, c.Hk, c.Nk, c.Dv)}
