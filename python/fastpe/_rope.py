@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,8 +52,8 @@ class Rope:
         amplitude: factor of cos and sin, a number or a tensor of one element (which may require grad).
         layout: "half" pairs channels (j, j + J), "interleaved" (2j, 2j + 1); "cosine" gives every channel its own angle
             and returns [x cos, x sin], twice the channels (`fastpe.apply_rotary` only).
-        precision: "exact" is right to 2e-7 at any position below 2^53; "float32" multiplies position and frequency in
-            float32, as the code most published checkpoints were trained with did.
+        precision: "exact" is right to 2e-7 up to position 2^30, and to 2^-52 of the angle in float64 calls; "float32"
+            multiplies position and frequency in float32, as the code most published checkpoints were trained with did.
         name: what ``repr`` calls it.
 
     With grouped heads, frequencies given per query head serve key head g with those of query head ``g * (H // Hk)``;
@@ -77,6 +77,8 @@ class Rope:
     layout: str = "half"
     precision: str = "exact"
     name: str = "rope"
+
+    _sides_differ: ClassVar[bool] = False  # whether queries and keys at one position turn differently
 
     def __post_init__(self) -> None:
         where = f"fastpe.rope.{self.name}" if self.name != "rope" else _WHERE
@@ -256,7 +258,7 @@ class Rope:
         """
         p = self._positions(_WHERE, "positions", positions, None, None, self.inv_freq.device)
         size = (lambda: _as_length(length, p)) if length is not None else (lambda: _length_of(p))
-        table = self._table(_definition_table, p, size, lambda w: w, torch.float64)
+        table = self._table(_definition_table, p, size, lambda w: w, torch.float64, 1)
         return table[0].to(dtype), table[1].to(dtype)
 
     def one_table(
@@ -272,7 +274,7 @@ class Rope:
         """The table for a single tensor of ``n`` tokens: ``(2, B|1, H|1, n, J)``."""
         p = self._positions(where, "positions", positions, n, batch, device)
         return self._table(
-            _kernel_table(out_dtype), p, lambda: _length_of(p), lambda w: self._rows(where, w, heads, heads, True), out_dtype
+            _kernel_table(out_dtype), p, lambda: _length_of(p), lambda w: self._rows(where, w, heads, heads, True), out_dtype, 1
         )
 
     def _both(self, where, make, positions_q, positions_k, q_len, k_len, batch, heads, kv_heads, device, out_dtype):
@@ -302,14 +304,14 @@ class Rope:
         def size() -> Tensor:
             return _length_of(pq) if same else torch.maximum(_length_of(pq), _length_of(pk))
 
-        k_rope = self.key_side
-        q_table = self._table(make, pq, size, lambda w: self._rows(where, w, heads, kv_heads, True), out_dtype)
-        if same and k_rope is self and ("h" not in self.dims or heads == kv_heads):
+        q_table = self._table(make, pq, size, lambda w: self._rows(where, w, heads, kv_heads, True), out_dtype, 1)
+        if same and not self._sides_differ and ("h" not in self.dims or heads == kv_heads):
             return q_table, q_table
-        return q_table, k_rope._table(make, pk, size, lambda w: self._rows(where, w, heads, kv_heads, False), out_dtype)
+        return q_table, self._table(make, pk, size, lambda w: self._rows(where, w, heads, kv_heads, False), out_dtype, -1)
 
-    def _table(self, make, positions: Tensor, length, rows, out_dtype: torch.dtype) -> Tensor:
-        """(A,B|1,N) positions -> (2,B|1,H|1,N,J). `rows` picks the rows of per-head frequencies this side uses."""
+    def _table(self, make, positions: Tensor, length, rows, out_dtype: torch.dtype, side: int) -> Tensor:
+        """(A,B|1,N) positions -> (2,B|1,H|1,N,J). `rows` picks the rows of per-head frequencies this side uses, which is
+        1 for queries and -1 for keys."""
         w, amplitude = self._at(length)
         w = w.to(device=positions.device, dtype=torch.float64)
         factor = 1.0 if isinstance(amplitude, Tensor) else float(amplitude)
@@ -425,19 +427,21 @@ class XposRope(Rope):
     center: float | str = "floor"
     sign: int = 1
 
+    _sides_differ: ClassVar[bool] = True
+
     @property
     def key_side(self) -> Rope:
         return dataclasses.replace(self, sign=-self.sign)
 
-    def _table(self, make, positions, length, rows, out_dtype):
-        table = super()._table(make, positions, length, rows, out_dtype)
+    def _table(self, make, positions, length, rows, out_dtype, side):
+        table = super()._table(make, positions, length, rows, out_dtype, side)
         if self.center == "floor":
             c = (length() / 2).floor()
         elif self.center == "ceil":
             c = (length() / 2).ceil()
         else:
             c = self.center
-        exponent = (positions[0] - c) * (self.sign / self.scale_base)
+        exponent = (positions[0] - c) * (side * self.sign / self.scale_base)
         zeta = self.zeta.to(positions.device)
         return table * (exponent[:, None, :, None] * zeta.log()).exp().to(table.dtype)
 
@@ -455,7 +459,7 @@ class FirstTokensRope(Rope):
     def at_length(self, length):
         return dataclasses.replace(self, later=self.later.at_length(length))
 
-    def _table(self, make, positions, length, rows, out_dtype):
-        first = super()._table(make, positions, length, rows, out_dtype)
-        later = self.later._table(make, positions, length, rows, out_dtype)
+    def _table(self, make, positions, length, rows, out_dtype, side):
+        first = super()._table(make, positions, length, rows, out_dtype, side)
+        later = self.later._table(make, positions, length, rows, out_dtype, side)
         return torch.where((positions[0] < self.count)[:, None, :, None], first, later)

@@ -103,6 +103,10 @@ def attention(
     call = Call(B, H, Nq, Nk, causal_only, aux_dtype(query.dtype), query.device)
 
     q_rope, k_rope, layout = _rotation(call, rope, positions, key_positions, D, key.shape[1])
+    if rope is not None and torch.is_grad_enabled() and (q_rope.requires_grad or k_rope.requires_grad):
+        # Learned angles need the gradient of the rotated tensors, which the attention kernels never hold.
+        query, key = torch.ops.fastpe.rotate_pair(query, key, q_rope, k_rope, layout, False)
+        q_rope = k_rope = None
     b = OpBias() if bias is None else bias.op_args(call)
     seen = Mask().op_args(call) if mask is None else mask.op_args(call)
     rho, scale = _row_scale(call, head_scale, row_scale, scale)
