@@ -2,8 +2,7 @@
 //
 // rope_table: a task is a block of token rows of one (batch, head); a row's phases are formed lane by lane in the loop
 // over pairs, which the compiler turns into vectors.
-// rotate: a task is (tensor, batch, block of tokens) and runs over all heads, so that the block of the tables (at most
-// 16 KiB when the heads share it) stays in L1 while x streams through once.
+// rotate: x streams through once, at the speed of a copy, while the part of the tables it needs stays in L1 or L2.
 #include "../core/params.h"
 #include "../pos/rotate.h"
 #include "kernels.h"
@@ -15,49 +14,67 @@ namespace {
 // ---- tables -----------------------------------------------------------------------------------------------------
 
 constexpr int64_t kTableRows = 32;
+constexpr int64_t kPhases = 64;  // pairs whose phases are held at once
 
 struct TableJob {
   const RopeTableParams* p;
-  const float *w_hi, *w_lo;  // (A,H,J) frequencies in turns; only the exact float32 mode reads them
+  // (A,H,J): frequencies in turns as a sum of two, or, for the float32 product, in radians and unused.
+  const float *w_hi, *w_lo;
   int64_t blocks;
 };
 
-void table_row_exact(const RopeTableParams& p, const TableJob& job, int64_t b, int64_t h, int64_t n, float* __restrict c, float* __restrict s) {
-  const float m = float(p.amplitude);
-  constexpr int64_t kChunk = 64;
-  pos::Phase<float> phase[kChunk];
-  for (int64_t j0 = 0; j0 < p.J; j0 += kChunk) {
-    const int64_t len = p.J - j0 < kChunk ? p.J - j0 : kChunk;
-    for (int64_t a = 0; a < p.A; ++a) {
-      const pos::Split x = pos::split(p.positions[(a * p.B + b) * p.N + n]);
-      const float* __restrict hi = job.w_hi + (a * p.H + h) * p.J + j0;
-      const float* __restrict lo = job.w_lo + (a * p.H + h) * p.J + j0;
-      for (int64_t j = 0; j < len; ++j) {
-        pos::Phase<float> f = a ? phase[j] : pos::Phase<float>{};
-        pos::add_phase(f, x, {hi[j], lo[j]});
-        phase[j] = f;
-      }
-    }
+// The phases of pairs of one row, structure of arrays for the vectoriser.
+struct Phases {
+  float rest[kPhases], quarters[kPhases];
+};
+
+FASTPE_INLINE void exact_phases(const TableJob& job, int64_t b, int64_t h, int64_t n, int64_t j0, int64_t len, Phases& out) {
+  const RopeTableParams& p = *job.p;
+  for (int64_t j = 0; j < len; ++j) out.rest[j] = out.quarters[j] = 0;
+  for (int64_t a = 0; a < p.A; ++a) {
+    const pos::Split x = pos::split(p.positions[(a * p.B + b) * p.N + n]);
+    const float* __restrict hi = job.w_hi + (a * p.H + h) * p.J + j0;
+    const float* __restrict lo = job.w_lo + (a * p.H + h) * p.J + j0;
     for (int64_t j = 0; j < len; ++j) {
-      float cj, sj;
-      pos::cos_sin(phase[j], cj, sj);
-      c[j0 + j] = m * cj;
-      s[j0 + j] = m * sj;
+      pos::Phase<float> f{out.rest[j], out.quarters[j]};
+      pos::add_phase(f, x, {hi[j], lo[j]});
+      out.rest[j] = f.rest;
+      out.quarters[j] = f.quarters;
     }
   }
 }
-
-void table_row_product(const RopeTableParams& p, int64_t b, int64_t h, int64_t n, float* __restrict c, float* __restrict s) {
-  const float m = float(p.amplitude);
-  for (int64_t j = 0; j < p.J; ++j) {
-    float angle = 0;
-    for (int64_t a = 0; a < p.A; ++a) angle += pos::float32_angle(p.positions[(a * p.B + b) * p.N + n], p.inv_freq[(a * p.H + h) * p.J + j]);
+FASTPE_INLINE void product_phases(const TableJob& job, int64_t b, int64_t h, int64_t n, int64_t j0, int64_t len, Phases& out) {
+  const RopeTableParams& p = *job.p;
+  float angle[kPhases] = {};
+  for (int64_t a = 0; a < p.A; ++a) {
+    const double x = p.positions[(a * p.B + b) * p.N + n];
+    const float* __restrict w = job.w_hi + (a * p.H + h) * p.J + j0;
+    for (int64_t j = 0; j < len; ++j) angle[j] += pos::float32_angle(x, w[j]);
+  }
+  for (int64_t j = 0; j < len; ++j) {
     pos::Phase<float> f;
-    pos::add_radians(f, angle);
-    float cj, sj;
-    pos::cos_sin(f, cj, sj);
-    c[j] = m * cj;
-    s[j] = m * sj;
+    pos::add_radians(f, angle[j]);
+    out.rest[j] = f.rest;
+    out.quarters[j] = f.quarters;
+  }
+}
+
+void table_row_f32(const TableJob& job, int64_t b, int64_t h, int64_t n, float* __restrict c, float* __restrict s) {
+  const RopeTableParams& p = *job.p;
+  const float m = float(p.amplitude);
+  Phases phases;
+  for (int64_t j0 = 0; j0 < p.J; j0 += kPhases) {
+    const int64_t len = p.J - j0 < kPhases ? p.J - j0 : kPhases;
+    if (p.float32_product)
+      product_phases(job, b, h, n, j0, len, phases);
+    else
+      exact_phases(job, b, h, n, j0, len, phases);
+    for (int64_t j = 0; j < len; ++j) {
+      float cj, sj;
+      pos::cos_sin({phases.rest[j], phases.quarters[j]}, cj, sj);
+      c[j0 + j] = m * cj;
+      s[j0 + j] = m * sj;
+    }
   }
 }
 
@@ -85,10 +102,8 @@ void table_task(void* ctx, int64_t task, int) {
     const int64_t b = bh / p.H, h = bh % p.H, at = (bh * p.N + n) * p.J;
     if (p.out_f64)
       table_row_f64(p, b, h, n, static_cast<double*>(p.cos) + at, static_cast<double*>(p.sin) + at);
-    else if (p.float32_product)
-      table_row_product(p, b, h, n, static_cast<float*>(p.cos) + at, static_cast<float*>(p.sin) + at);
     else
-      table_row_exact(p, job, b, h, n, static_cast<float*>(p.cos) + at, static_cast<float*>(p.sin) + at);
+      table_row_f32(job, b, h, n, static_cast<float*>(p.cos) + at, static_cast<float*>(p.sin) + at);
   }
 }
 
@@ -96,7 +111,7 @@ void rope_table(const RopeTableParams& p, const Runtime& rt) {
   const int64_t freqs = p.A * p.H * p.J;
   float* w = static_cast<float*>(rt.alloc(size_t(2 * freqs) * sizeof(float)));
   for (int64_t i = 0; i < freqs; ++i) {
-    const pos::Split t = pos::frequency_in_turns(p.inv_freq[i]);
+    const pos::Split t = p.float32_product ? pos::Split{float(p.inv_freq[i]), 0} : pos::frequency_in_turns(p.inv_freq[i]);
     w[i] = t.hi;
     w[freqs + i] = t.lo;
   }
@@ -169,106 +184,134 @@ struct Pairs {
 };
 
 // One token of one head; y may be x. `sign` is -1 for the inverse rotation.
-template <class E>
-FASTPE_INLINE void rotate_half_row(const typename E::T* x, typename E::T* y, const typename E::S* c, const typename E::S* s, typename E::S sign, int64_t J) {
-  using V = Vec<typename E::S>;
-  int64_t j = 0;
-  for (; j + V::kLanes <= J; j += V::kLanes) {
-    V u = E::load(x + j), v = E::load(x + J + j);
-    pos::rotate_pair(u, v, V::load(c + j), V(sign) * V::load(s + j));
-    E::store(y + j, u);
-    E::store(y + J + j, v);
-  }
-  for (; j < J; ++j) {
-    typename E::S u = E::get(x[j]), v = E::get(x[J + j]);
-    pos::rotate_pair(u, v, c[j], sign * s[j]);
-    y[j] = E::put(u);
-    y[J + j] = E::put(v);
-  }
-}
-template <class E>
-FASTPE_INLINE void rotate_interleaved_row(const typename E::T* x, typename E::T* y, const typename E::S* c, const typename E::S* s, typename E::S sign, int64_t J) {
+template <class E, RopeLayout L>
+FASTPE_INLINE void rotate_row_to(const typename E::T* x, typename E::T* y, const typename E::S* c, const typename E::S* s, Vec<typename E::S> sign, int64_t J) {
   using S = typename E::S;
   using V = Vec<S>;
   using P = Pairs<S>;
+  constexpr bool half = L == RopeLayout::half;
   int64_t j = 0;
+#pragma GCC unroll 2
   for (; j + V::kLanes <= J; j += V::kLanes) {
-    const V a = E::load(x + 2 * j), b = E::load(x + 2 * j + V::kLanes);
-    V u = P::evens(a, b), v = P::odds(a, b);
-    pos::rotate_pair(u, v, V::load(c + j), V(sign) * V::load(s + j));
-    E::store(y + 2 * j, P::zip_lo(u, v));
-    E::store(y + 2 * j + V::kLanes, P::zip_hi(u, v));
+    if constexpr (half) {
+      V u = E::load(x + j), v = E::load(x + J + j);
+      pos::rotate_pair(u, v, V::load(c + j), sign * V::load(s + j));
+      E::store(y + j, u);
+      E::store(y + J + j, v);
+    } else {
+      const V a = E::load(x + 2 * j), b = E::load(x + 2 * j + V::kLanes);
+      V u = P::evens(a, b), v = P::odds(a, b);
+      pos::rotate_pair(u, v, V::load(c + j), sign * V::load(s + j));
+      E::store(y + 2 * j, P::zip_lo(u, v));
+      E::store(y + 2 * j + V::kLanes, P::zip_hi(u, v));
+    }
   }
   for (; j < J; ++j) {
-    S u = E::get(x[2 * j]), v = E::get(x[2 * j + 1]);
-    pos::rotate_pair(u, v, c[j], sign * s[j]);
-    y[2 * j] = E::put(u);
-    y[2 * j + 1] = E::put(v);
+    const int64_t first = half ? j : 2 * j, second = half ? J + j : 2 * j + 1;
+    S u = E::get(x[first]), v = E::get(x[second]);
+    pos::rotate_pair(u, v, c[j], sign.v[0] * s[j]);
+    y[first] = E::put(u);
+    y[second] = E::put(v);
   }
 }
 
+// Asks for what lies a page ahead. Beside the two streams of the tables, which are in cache, the processor's own
+// prefetcher follows x badly: tensors beyond the L3 ran at 14 GB/s without this and at 36 with it.
+FASTPE_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  const char* ahead = static_cast<const char*>(row) + 4096;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at, 1);
+}
+
+// Tokens [n0, n1) of heads [h0, h1) of batch row b; the axis whose steps are shorter in memory runs inside.
+template <class E, RopeLayout L>
+void rotate_block(const RotateParams& p, int64_t b, int64_t h0, int64_t h1, int64_t n0, int64_t n1) {
+  using T = typename E::T;
+  using S = typename E::S;
+  const Vec<S> sign(p.inverse ? S(-1) : S(1));
+  const int64_t J = p.J, tail = p.D - 2 * J;
+  const bool copy_tail = p.x.p != p.y.p && tail > 0;
+  const bool heads_inside = p.x.sh < p.x.sn;
+  const int64_t row_bytes = p.D * int64_t(sizeof(T));
+  const Aux &cos = p.rope.cos, &sin = p.rope.sin;
+  const int64_t outer0 = heads_inside ? n0 : h0, outer1 = heads_inside ? n1 : h1;
+  const int64_t inner0 = heads_inside ? h0 : n0, inner1 = heads_inside ? h1 : n1;
+  const auto at = [&](int64_t sb, int64_t sh, int64_t sn, int64_t outer) { return b * sb + outer * (heads_inside ? sn : sh) + inner0 * (heads_inside ? sh : sn); };
+  const auto step = [&](int64_t sh, int64_t sn) { return heads_inside ? sh : sn; };
+  const int64_t dx = step(p.x.sh, p.x.sn), dy = step(p.y.sh, p.y.sn), dc = step(cos.sh, cos.sn), ds = step(sin.sh, sin.sn);
+  for (int64_t o = outer0; o < outer1; ++o) {
+    const T* x = static_cast<const T*>(p.x.p) + at(p.x.sb, p.x.sh, p.x.sn, o);
+    T* y = static_cast<T*>(p.y.p) + at(p.y.sb, p.y.sh, p.y.sn, o);
+    const S* c = static_cast<const S*>(cos.p) + at(cos.sb, cos.sh, cos.sn, o);
+    const S* s = static_cast<const S*>(sin.p) + at(sin.sb, sin.sh, sin.sn, o);
+    for (int64_t i = inner0; i < inner1; ++i, x += dx, y += dy, c += dc, s += ds) {
+      if (!heads_inside) {
+        prefetch_row(x, row_bytes);
+        if (x != y) prefetch_row(y, row_bytes);
+      }
+      rotate_row_to<E, L>(x, y, c, s, sign, J);
+      if (copy_tail) std::memcpy(y + 2 * J, x + 2 * J, size_t(tail) * sizeof(T));
+    }
+  }
+}
+
+// How one tensor is cut into tasks: (batch row, block of tokens, group of heads), the last fastest.
+struct Cut {
+  int64_t tokens, heads;
+  int64_t token_blocks, head_groups;
+};
+Cut cut(const RotateParams& p) {
+  const int64_t table_row = 2 * p.J * (p.dtype == DType::f64 ? 8 : 4);
+  // Tokens outside: the table's row serves all heads from L1. Heads outside: long runs of one head, so that memory is
+  // read in order, and a part of the table that stays in L2 from head to head.
+  const bool heads_inside = p.x.sh < p.x.sn;
+  const int64_t budget = heads_inside ? 16 << 10 : 128 << 10;
+  int64_t tokens = table_row > 0 ? budget / table_row : p.N;
+  if (tokens < 8) tokens = 8;
+  if (tokens > p.N) tokens = p.N;
+  const int64_t heads = heads_inside ? p.H : 1;
+  return {tokens, heads, (p.N + tokens - 1) / tokens, (p.H + heads - 1) / heads};
+}
+
+constexpr int kMaxTensors = 2;
 struct RotateJob {
   const RotateParams* p;
   int count;
-  int64_t first_task[3];  // of each tensor, and the end
-  int64_t rows[2];        // tokens of a task
+  Cut cut[kMaxTensors];
+  int64_t first_task[kMaxTensors + 1];  // of each tensor, and the end
 };
-constexpr int kMaxTensors = 2;
 
 template <class E>
-void rotate_block(const RotateParams& p, int64_t b, int64_t n0, int64_t n1) {
-  using T = typename E::T;
-  using S = typename E::S;
-  const S sign = p.inverse ? S(-1) : S(1);
-  const int64_t tail = p.D - 2 * p.J;
-  const bool copy_tail = p.x.p != p.y.p && tail > 0;
-  const bool half = p.layout == RopeLayout::half;
-  const auto row = [&](int64_t h, int64_t n) __attribute__((always_inline)) {
-    const T* x = static_cast<const T*>(p.x.p) + b * p.x.sb + h * p.x.sh + n * p.x.sn;
-    T* y = static_cast<T*>(p.y.p) + b * p.y.sb + h * p.y.sh + n * p.y.sn;
-    const S* c = static_cast<const S*>(p.rope.cos.p) + b * p.rope.cos.sb + h * p.rope.cos.sh + n * p.rope.cos.sn;
-    const S* s = static_cast<const S*>(p.rope.sin.p) + b * p.rope.sin.sb + h * p.rope.sin.sh + n * p.rope.sin.sn;
-    if (half)
-      rotate_half_row<E>(x, y, c, s, sign, p.J);
-    else
-      rotate_interleaved_row<E>(x, y, c, s, sign, p.J);
-    if (copy_tail) std::memcpy(y + 2 * p.J, x + 2 * p.J, size_t(tail) * sizeof(T));
-  };
-  // The axis whose steps are shorter in memory runs inside.
-  if (p.x.sh < p.x.sn) {
-    for (int64_t n = n0; n < n1; ++n)
-      for (int64_t h = 0; h < p.H; ++h) row(h, n);
-  } else {
-    for (int64_t h = 0; h < p.H; ++h)
-      for (int64_t n = n0; n < n1; ++n) row(h, n);
-  }
+FASTPE_INLINE void rotate_any(const RotateParams& p, int64_t b, int64_t h0, int64_t h1, int64_t n0, int64_t n1) {
+  if (p.layout == RopeLayout::half)
+    rotate_block<E, RopeLayout::half>(p, b, h0, h1, n0, n1);
+  else
+    rotate_block<E, RopeLayout::interleaved>(p, b, h0, h1, n0, n1);
 }
 
 void rotate_task(void* ctx, int64_t task, int) {
   const RotateJob& job = *static_cast<const RotateJob*>(ctx);
   const int t = job.count > 1 && task >= job.first_task[1] ? 1 : 0;
   const RotateParams& p = job.p[t];
-  const int64_t blocks = (p.N + job.rows[t] - 1) / job.rows[t];
-  const int64_t local = task - job.first_task[t];
-  const int64_t b = local / blocks, n0 = local % blocks * job.rows[t];
-  const int64_t n1 = n0 + job.rows[t] < p.N ? n0 + job.rows[t] : p.N;
+  const Cut& c = job.cut[t];
+  task -= job.first_task[t];
+  const int64_t h0 = task % c.head_groups * c.heads;
+  const int64_t n0 = task / c.head_groups % c.token_blocks * c.tokens;
+  const int64_t b = task / c.head_groups / c.token_blocks;
+  const int64_t h1 = h0 + c.heads < p.H ? h0 + c.heads : p.H, n1 = n0 + c.tokens < p.N ? n0 + c.tokens : p.N;
   switch (p.dtype) {
-    case DType::f32: rotate_block<F32>(p, b, n0, n1); break;
-    case DType::bf16: rotate_block<BF16>(p, b, n0, n1); break;
-    case DType::f16: rotate_block<F16>(p, b, n0, n1); break;
-    case DType::f64: rotate_block<F64>(p, b, n0, n1); break;
+    case DType::f32: rotate_any<F32>(p, b, h0, h1, n0, n1); break;
+    case DType::bf16: rotate_any<BF16>(p, b, h0, h1, n0, n1); break;
+    case DType::f16: rotate_any<F16>(p, b, h0, h1, n0, n1); break;
+    case DType::f64: rotate_any<F64>(p, b, h0, h1, n0, n1); break;
   }
 }
 
 void rotate(const RotateParams* p, int count, const Runtime& rt) {
   for (; count > 0; p += kMaxTensors, count -= kMaxTensors) {
-    RotateJob job{p, count < kMaxTensors ? count : kMaxTensors, {0, 0, 0}, {1, 1}};
+    RotateJob job{p, count < kMaxTensors ? count : kMaxTensors, {}, {}};
     for (int t = 0; t < job.count; ++t) {
-      const int64_t table_row = 2 * p[t].J * (p[t].dtype == DType::f64 ? 8 : 4);
-      const int64_t fit = 16384 / (table_row > 0 ? table_row : 1);
-      job.rows[t] = fit < 8 ? 8 : fit;
-      const int64_t blocks = (p[t].N + job.rows[t] - 1) / job.rows[t];
-      job.first_task[t + 1] = job.first_task[t] + p[t].B * blocks;
+      job.cut[t] = cut(p[t]);
+      job.first_task[t + 1] = job.first_task[t] + p[t].B * job.cut[t].token_blocks * job.cut[t].head_groups;
     }
     rt.parallel(job.first_task[job.count], rotate_task, &job);
   }

@@ -42,17 +42,17 @@ FASTPE_HD void add_turns(Phase<F>& a, F x) {
   a.quarters = a.quarters + q;
 }
 
-// Adds position * frequency. The two large products are reduced before they are rounded; the rests of the products
-// and the product of the low parts are far below a turn.
+// Adds position * frequency. Whole turns are dropped from every partial product before it is rounded; only the product
+// of the low parts and the rounding errors of the two middle products are always far below a turn.
 FASTPE_HD void add_phase(Phase<float>& a, Split p, Split w) {
   const float x = rounded_mul(p.hi, w.hi);
   const float y = rounded_mul(p.lo, w.hi);
-  const float small = exact_fma(p.hi, w.hi, -x) + exact_fma(p.lo, w.hi, -y) + p.lo * w.lo;
-  const float z = rounded_mul(p.hi, w.lo);  // many turns when the position is far beyond 2^24
+  const float z = rounded_mul(p.hi, w.lo);
   add_turns(a, x);
+  add_turns(a, exact_fma(p.hi, w.hi, -x));
   add_turns(a, y);
   add_turns(a, z);
-  a.rest = a.rest + (small + exact_fma(p.hi, w.lo, -z));
+  a.rest = a.rest + (exact_fma(p.lo, w.hi, -y) + exact_fma(p.hi, w.lo, -z) + p.lo * w.lo);
 }
 
 // The definition, for float64 tables.
