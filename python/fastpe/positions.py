@@ -143,6 +143,9 @@ def cream(
 ) -> tuple[Tensor, Tensor]:
     """CREAM: head, middle and tail of a long text in a short window, the middle drawn with a Gaussian preference (arXiv 2406.07138).
 
+    A middle that ends inside the text takes the tokens at its positions, which may be tail tokens a second time; one that
+    ends beyond takes those before the tail.
+
     Args:
         window: L, the trained length, even.
         factor: f; the target is ``f * L`` tokens.
