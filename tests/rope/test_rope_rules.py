@@ -175,7 +175,7 @@ def test_one_rope_per_layer_type():
 
 
 def test_agrees_with_transformers():
-    """The frequencies transformers computes, bit for bit in float32 mode, where it is installed."""
+    """The frequencies transformers computes, to a rounding of float32, where it is installed."""
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
