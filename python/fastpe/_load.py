@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
 
 import torch
 
 try:
-    from . import _C
+    _C = importlib.import_module("._C", __package__)
 except ModuleNotFoundError as error:
     raise ImportError(
         "fastpe: the compiled part is missing or was built for another Python. Install with\n"
