@@ -68,22 +68,26 @@ class Stats {
   q_rope, k_rope, rope_layout, bias_form, bias_params, bias_gamma, bias_u, bias_w, bias_base, bias_table, left, right, \
       sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps
 
-std::tuple<Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS) {
+std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS, bool keep_residual) {
   const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
   AttnParams p = read_attn("attn_fwd", a);
   Tensor out = empty_in_order(q, p.B, p.H, p.Nq, p.Dv);
   Tensor lse = empty(q, {p.B, p.H, p.Nq}, aux_type(p.dtype));
+  keep_residual = keep_residual && (p.dtype == DType::bf16 || p.dtype == DType::f16);
+  Tensor residual = keep_residual ? empty_in_order(q, p.B, p.H, p.Nq, p.Dv) : none(q, q.scalar_type());
   if (lse.numel() > 0) {
+    if (keep_residual) p.residual = view(residual, residual.mutable_data_ptr());
     p.o = view(out, out.mutable_data_ptr());
     p.lse = lse.mutable_data_ptr();
     Stats stats;
     cpu::kernels().attn_fwd(p, runtime(), stats.get());
   }
-  return {out, lse};
+  return {out, lse, residual};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attn_bwd(
-    Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, FASTPE_ATTN_PARAMS, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attn_bwd(
+    Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
+    int64_t needs) {
   const char* op = "attn_bwd";
   const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
   AttnBwdParams b;
@@ -101,6 +105,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor d_o = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);
   b.d_o = read_view(c, "dout", d_o);
   p.o = read_view(c, "out", out);
+  if (residual) {
+    check_device(c, "residual", *residual);
+    check_dtype(c, "residual", *residual, type);
+    check_shape(c, "residual", *residual, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
+    p.residual = read_view(c, "residual", *residual);
+  }
   check_device(c, "lse", lse);
   check_dtype(c, "lse", lse, aux);
   check_shape(c, "lse", lse, {{p.B}, {p.H}, {p.Nq}});
@@ -129,16 +139,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     g = t.mutable_data_ptr();
     return t;
   };
-  const auto grad_of_rope = [&](Needs bit, const char* name, const OptTensor& x, void*& dcos, void*& dsin) {
-    Tensor t = grad_of(bit, name, x, dcos);
-    if (dcos) dsin = offset(dcos, t.stride(0), t);
-    return t;
-  };
   Tensor dq = grad_in_order(need_q, q, b.dq);
   Tensor dk = grad_in_order(need_k, k, b.dk);
   Tensor dv = grad_in_order(need_v, v, b.dv);
-  Tensor dq_rope = grad_of_rope(need_q_rope, "q_rope", q_rope, b.dq_cos, b.dq_sin);
-  Tensor dk_rope = grad_of_rope(need_k_rope, "k_rope", k_rope, b.dk_cos, b.dk_sin);
   Tensor dparams = grad_of(need_params, "bias_params", bias_params, b.dparams);
   Tensor dgamma = grad_of(need_gamma, "bias_gamma", bias_gamma, b.dgamma);
   Tensor du = grad_of(need_u, "bias_u", bias_u, b.du);
@@ -152,9 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       cpu::kernels().attn_bwd(b, runtime(), stats.get());
     }
   } else {
-    for (Tensor* t : {&dq, &dk, &dv, &dq_rope, &dk_rope, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale}) torch::stable::zero_(*t);
+    for (Tensor* t : {&dq, &dk, &dv, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale}) torch::stable::zero_(*t);
   }
-  return {dq, dk, dv, dq_rope, dk_rope, dparams, dgamma, du, dw, dtable, drow_scale};
+  return {dq, dk, dv, dparams, dgamma, du, dw, dtable, drow_scale};
 }
 
 // ---- rotation ---------------------------------------------------------------------------------------------------

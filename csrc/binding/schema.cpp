@@ -10,10 +10,13 @@
   "float softcap_mul, float skip_eps"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
-  m.def("attn_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS ") -> (Tensor out, Tensor lse)");
   m.def(
-      "attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTPE_ATTN_ARGS
-      ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_rope, Tensor dk_rope, Tensor dparams, "
+      "attn_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS
+      ", bool keep_residual) -> (Tensor out, Tensor lse, Tensor residual)");
+  m.def(
+      "attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? residual, " FASTPE_ATTN_ARGS
+      ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dparams, "
       "Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, Tensor drow_scale)");
   m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");

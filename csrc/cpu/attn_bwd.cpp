@@ -33,7 +33,7 @@ struct BwdScratch {
   using S = typename E::S;
   using U = typename E::U;
   S *rows, *s, *ds, *cap, *raw, *dq;
-  U *qt, *dot, *qr, *dor, *pa, *dsa, *dsb;
+  U *tmp, *qt, *dot, *qr, *dor, *pa, *dsa, *dsb;
   TileBias<S>* bias;
   BlockBias<S>* block;
   BlockScale<S>* scale;
@@ -44,6 +44,7 @@ struct BwdScratch {
   void carve(Carver& c, const AttnParams& p, bool keep_raw) {
     const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
     rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 64);
+    tmp = E::kPack == 1 ? nullptr : c.take<U>((kBM > kBN<E> ? kBM : kBN<E>) * tiles::round_up(dmax, 16));
     s = c.take<S>(kBN<E> * kPitch<S>);
     ds = c.take<S>(kBN<E> * kPitch<S>);
     cap = p.softcap > 0 ? c.take<S>(kBN<E> * kPitch<S>) : nullptr;
@@ -80,24 +81,19 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
   constexpr int L = V::kLanes;
   const auto group = [&](auto count, int64_t l0) {
     constexpr int G = decltype(count)::value;
-    V cv[G], rv[G], gv[G], lv[G], dv[G];
+    V cv[G], rv[G], gv[G], offset[G], dv[G];
     for (int g = 0; g < G; ++g) {
       cv[g] = V::load(c + l0 + g * L);
-      lv[g] = V::load(lse + l0 + g * L);
+      offset[g] = V(S(0)) - V::load(lse + l0 + g * L);
       dv[g] = V::load(delta + l0 + g * L);
-      if constexpr (K == Kind::rank1) { rv[g] = V::load(t.r + l0 + g * L) - lv[g]; gv[g] = V::load(t.g + l0 + g * L); }
-      if constexpr (K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
+      if constexpr (K == Kind::rank1 || K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
     }
     for (int64_t j = js; j < je; ++j) {
       S* sr = s + j * kPitch<S> + l0;
       S* dr = ds + j * kPitch<S> + l0;
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        const V sv = V::load(sr + g * L);
-        V x;
-        if constexpr (K == Kind::rank1) x = fma(sv, cv[g], fma(gv[g], V(t.y[j]), rv[g]));
-        else if constexpr (K == Kind::none) x = fma(sv, cv[g], V(S(0)) - lv[g]);
-        else x = fma(sv, cv[g], bias_at<K, Phi>(t, j, l0 + g * L, rv[g], gv[g])) - lv[g];
+        V x = score_at<K, Phi>(t, j, l0 + g * L, V::load(sr + g * L), cv[g], rv[g], gv[g], offset[g]);
         if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
         const V pv = exp2(x);
         pv.store(sr + g * L);
@@ -205,7 +201,8 @@ struct Backward {
 
   void pack_task(int64_t task, int worker) {
     const int64_t w = task / call.nk_tiles, bk = head0 + w;
-    packs[w].pack(p, bk / p.Hk, bk % p.Hk, task % call.nk_tiles, scratch(worker).rows);
+    const BwdScratch<E> sc = scratch(worker);
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, task % call.nk_tiles, sc.rows, sc.tmp);
   }
 
   void split_task(int64_t task, int worker) {
@@ -245,8 +242,11 @@ struct Backward {
       S* row = w.rows + r * p.Dv;
       load_row(row, a.d_o, p.dtype, b, h, i0 + r, p.Dv);
       load_row(out, p.o, p.dtype, b, h, i0 + r, p.Dv);
-      S d = 0;
-      for (int64_t x = 0; x < p.Dv; ++x) d += row[x] * out[x];
+      S d = dot(row, out, p.Dv);
+      if (p.residual.p) {
+        load_row(out, p.residual, p.dtype, b, h, i0 + r, p.Dv);
+        d += dot(row, out, p.Dv);
+      }
       w.delta[r] = d - (dlse && lse[r] > -kInf<S> ? dlse[r] : S(0));
       // P = exp2(x - lse) must be 0 in rows that see nothing and in lanes past the last row.
       w.lse[r] = lse[r] == -kInf<S> ? kInf<S> : lse[r] * S(kLog2e);
@@ -257,7 +257,7 @@ struct Backward {
     // Diagonals are read one vector past the last lane: columns a shorter block does not write must be zero.
     for (int64_t j = 0; want_table && lanes < kBM && j < kBN<E>; ++j)
       for (int64_t l = lanes; l < kBM; ++l) w.ds[j * kPitch<S> + kMargin<S> + l] = 0;
-    pack_transposed<E>(w.dot, kBM, w.rows, p.Dv, rows, lanes, p.Dv);
+    pack_transposed<E>(w.dot, kBM, w.rows, p.Dv, rows, lanes, p.Dv, w.tmp);
     if (want_v) pack_block_rows(w.dor, dvp, w.rows, p.Dv, rows, lanes);
 
     const S* rho = at<S>(p.row_scale, b, h);
@@ -271,7 +271,7 @@ struct Backward {
       w.scale->qn[r] = may_skip ? S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001) : S(0);
     }
     for (int64_t r = rows; r < lanes; ++r) w.scale->rho[r] = w.scale->c[r] = w.scale->qn[r] = 0;
-    pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D);
+    pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
     if (want_k) pack_block_rows(w.qr, dp, w.rows, p.D, rows, lanes);
 
     HeadBias<S> hb;
@@ -292,14 +292,15 @@ struct Backward {
       if (may_skip && forgettable(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes)) { ++decayed; return; }
       ++visited;
       mask.q_ids = w.ids;
-      tile(kv, t, j0, js, je, tb, mask, hb, w, bg, lanes, I0, dk_acc, dv_acc, first);
+      tile(kv, t, j0, js, je, tb, mask, w, bg, lanes, I0, dk_acc, dv_acc, first);
       first = false;
     });
 
     if (needs(need_q)) {
+      if (first) std::memset(w.rows, 0, size_t(rows * p.D) * sizeof(S));
+      else transpose(w.rows, p.D, w.dq, kBM, p.D, rows);
       for (int64_t r = 0; r < rows; ++r) {
-        S* row = w.rows;
-        for (int64_t d = 0; d < p.D; ++d) row[d] = first ? S(0) : w.dq[d * kBM + r];
+        S* row = w.rows + r * p.D;
         if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, true, b, h, i0 + r);
         store_row(row, a.dq, p.dtype, b, h, i0 + r, p.D);
       }
@@ -344,14 +345,20 @@ struct Backward {
     return true;
   }
 
-  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const HeadBias<S>& hb, BwdScratch<E>& w, BiasGrad<S>& bg, int64_t lanes, int64_t I0, S* dk_acc, S* dv_acc, bool first) {
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, BwdScratch<E>& w, BiasGrad<S>& bg, int64_t lanes, int64_t I0, S* dk_acc, S* dv_acc, bool first) {
     constexpr int64_t P = kPitch<S>;
     constexpr int64_t units = kBN<E> / E::kPack;
-    const int64_t ku = p.D / E::kPack, vu = p.Dv / E::kPack, n = je - js;
+    const int64_t ku = p.D / E::kPack, vu = p.Dv / E::kPack;
     const bool masked = mask.partial();
     S *s = w.s + kMargin<S>, *ds = w.ds + kMargin<S>;
-    gemm<E, false>(kv.k_rows + (j0 + js) * ku, ku, w.qt, kBM, s + js * P, P, n, lanes, ku);
-    gemm<E, false>(kv.v_rows + (j0 + js) * vu, vu, w.dot, kBM, ds + js * P, P, n, lanes, vu);
+    constexpr int64_t half = kBM / 2;
+    const int64_t jm = lanes > half ? mask.split : je;
+    gemm<E, false>(kv.k_rows + (j0 + js) * ku, ku, w.qt, kBM, s + js * P, P, jm - js, lanes, ku);
+    gemm<E, false>(kv.v_rows + (j0 + js) * vu, vu, w.dot, kBM, ds + js * P, P, jm - js, lanes, vu);
+    if (jm < je) {
+      gemm<E, false>(kv.k_rows + (j0 + jm) * ku, ku, w.qt + half, kBM, s + jm * P + half, P, je - jm, lanes - half, ku);
+      gemm<E, false>(kv.v_rows + (j0 + jm) * vu, vu, w.dot + half, kBM, ds + jm * P + half, P, je - jm, lanes - half, vu);
+    }
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
     if (p.softcap > 0)
@@ -377,23 +384,28 @@ struct Backward {
         if (masked) grad_pass<E, K, Phi, true>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
         else grad_pass<E, K, Phi, false>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
       });
-      if (want_bias) bias_grads(tb, hb, w, bg, ds, c0, c1, lanes, I0, j0);
+      if (want_bias) bias_grads(tb, w, bg, ds, c0, c1, lanes, I0, j0);
       if (want_rho) rho_grads(w, ds, c0, c1, lanes);
       finish_ds(w, s, ds, c0, c1, lanes);
     }
     const U* pa = E::kPack == 1 ? reinterpret_cast<const U*>(s) : w.pa;
     const U* dsa = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa;
     const int64_t lda = E::kPack == 1 ? P : kBM / E::kPack;
-    const int64_t qu = tiles::ceil_div(lanes, E::kPack);
-    if (dv_acc) gemm<E, true>(pa + js * lda, lda, w.dor, dvp, dv_acc + (j0 + js) * dvp, dvp, n, dvp, qu);
-    if (dk_acc) gemm<E, true>(dsa + js * lda, lda, w.qr, dp, dk_acc + (j0 + js) * dp, dp, n, dp, qu);
+    const int64_t qu = tiles::ceil_div(lanes, E::kPack), hu = half / E::kPack;
+    const auto by_key = [&](S* acc, int64_t ld, const U* left, const U* right) {
+      gemm<E, true>(left + js * lda, lda, right, ld, acc + (j0 + js) * ld, ld, jm - js, ld, qu);
+      if (jm < je) gemm<E, true>(left + jm * lda + hu, lda, right + hu * ld, ld, acc + (j0 + jm) * ld, ld, je - jm, ld, qu - hu);
+    };
+    if (dv_acc) by_key(dv_acc, dvp, pa, w.dor);
+    if (dk_acc) by_key(dk_acc, dp, dsa, w.qr);
     if (want_q) {
-      const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) + js * P : w.dsb + js / E::kPack * kBM;
+      const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsb;
       const int64_t ldb = E::kPack == 1 ? P : kBM;
-      const U* kc = kv.k_cols + t * p.D * units + js / E::kPack;
-      const int64_t kk = tiles::ceil_div(n, E::kPack);
-      if (first) gemm<E, false>(kc, units, dsb, ldb, w.dq, kBM, p.D, lanes, kk);
-      else gemm<E, true>(kc, units, dsb, ldb, w.dq, kBM, p.D, lanes, kk);
+      const U* kc = kv.k_cols + t * p.D * units;
+      const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
+      if (first) gemm<E, false>(kc + u0, units, dsb + u0 * ldb, ldb, w.dq, kBM, p.D, lanes, u_end - u0);
+      else gemm<E, true>(kc + u0, units, dsb + u0 * ldb, ldb, w.dq, kBM, p.D, lanes, u_end - u0);
+      if (jm < je) gemm<E, true>(kc + um, units, dsb + um * ldb + half, ldb, w.dq + half, kBM, p.D, lanes - half, u1 - um);
     }
   }
 
@@ -449,9 +461,9 @@ struct Backward {
     }
   }
 
-  void bias_grads(const TileBias<S>& t, const HeadBias<S>& hb, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
+  void bias_grads(const TileBias<S>& t, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
     if (bg.table) return diagonals(bg.table, ds, c0, c1, lanes, I0, j0);
-    pos::with_form(t.form, [&](auto phi) { rel_grads<decltype(phi)>(t, hb, w, bg, ds, c0, c1, lanes, I0, j0); });
+    pos::with_form(t.form, [&](auto phi) { rel_grads<decltype(phi)>(t, w, bg, ds, c0, c1, lanes, j0); });
   }
 
   // dT[t] += sum of dS along the diagonal I - j = t: vectors of neighbouring diagonals, rows of dS shifted by one each.
@@ -474,16 +486,9 @@ struct Backward {
   }
 
   template <class Phi>
-  void rel_grads(const TileBias<S>& t, const HeadBias<S>& hb, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
+  void rel_grads(const TileBias<S>& t, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t j0) {
     constexpr int64_t P = kPitch<S>;
     const BlockBias<S>& bb = *w.block;
-    // u relative to the tile's anchor, as TileBias::init has it (rank1 tiles keep it multiplied).
-    alignas(64) S u[kBM];
-    S w0 = 0;
-    double wbase = double(j0);
-    if (hb.w) { w0 = hb.w[j0]; wbase = hb.base ? hb.base[j0 / kPrefixBlock] : 0; }
-    else if (hb.u) { wbase = 0; w0 = S(j0); }
-    for (int64_t l = 0; l < lanes; ++l) u[l] = S(bb.ubase[l] - wbase) + (bb.uloc[l] - w0);
     const V p0(t.p0), p1(t.p1);
     V a0(S(0)), a1(S(0));
     const bool positions = want_u || want_w;
@@ -491,7 +496,7 @@ struct Backward {
     if (bg.w)
       for (int64_t x = 0; x < kChunk * L; ++x) key[x] = 0;
     for (int64_t l = 0; l < lanes; l += L) {
-      const V uv = V::load(u + l), gm = V::load(bb.gm + l);
+      const V uv = V::load(t.r + l), gm = V::load(bb.gm + l);
       V du(S(0)), dg(S(0));
       for (int64_t j = c0; j < c1; ++j) {
         const V d = V::load(ds + j * P + l);

@@ -123,8 +123,8 @@ struct TileBias {
   Kind kind = Kind::none;
   BiasForm form = BiasForm::none;
   S p0 = 0, p1 = 0;
-  alignas(64) S r[kBM];  // rank1: b = r + g * y        form: u relative to the tile's anchor
-  alignas(64) S g[kBM];  //        in log2 units              row weight * log2 e
+  alignas(64) S r[kBM];  // u relative to the tile's anchor
+  alignas(64) S g[kBM];  // row weight * log2 e; rank1: times the slope, b = g * (r - y)
   alignas(64) S y[kMaxBN];  // key position relative to the anchor, by key of the tile
   const S* table = nullptr;  // at offset I0 - j0: lane l, key j reads table[l - j]
   S ymin = 0, ymax = 0;
@@ -179,19 +179,16 @@ struct TileBias {
         else if (umax <= ymin) { kind = Kind::rank1; a = p1 * S(kLog2e); }
       }
     }
-    if (kind == Kind::rank1) {
-      for (int64_t l = 0; l < lanes; ++l) { const S t = a * bb.gm[l]; g[l] = -t; r[l] = t * r[l]; }
-    } else {
-      for (int64_t l = 0; l < lanes; ++l) g[l] = bb.gm[l] * S(kLog2e);
-    }
+    if (kind == Kind::form) a = S(kLog2e);
+    for (int64_t l = 0; l < lanes; ++l) g[l] = a * bb.gm[l];
   }
 
   // An upper bound of the bias over the tile's keys, for one vector of queries.
   FASTPE_INLINE Vec<S> upper(const HeadBias<S>& hb, int64_t l, int64_t I0, int64_t j_first, int64_t j_last) const {
     using V = Vec<S>;
     if (kind == Kind::rank1) {
-      const V gv = V::load(g + l);
-      return V::load(r + l) + max(gv * V(ymin), gv * V(ymax));
+      const V gv = V::load(g + l), u = V::load(r + l);
+      return max(gv * (u - V(ymin)), gv * (u - V(ymax)));
     }
     if (kind == Kind::table) {
       const int64_t tmin = I0 - j_last, tmax = I0 + kBM - 1 - j_first;
@@ -211,17 +208,18 @@ struct TileBias {
   }
 };
 
-// Bias of key j (index in the tile) for the vector of queries starting at lane l.
+// score * c + bias + offset (log2 units) of key j of the tile for the vector of queries starting at lane l. The
+// difference of positions is formed before any product: on the diagonal it is 0 whatever the prefix's size.
 template <Kind K, class Phi, class S>
-FASTPE_INLINE Vec<S> bias_at(const TileBias<S>& t, int64_t j, int64_t l, Vec<S> r, Vec<S> g) {
+FASTPE_INLINE Vec<S> score_at(const TileBias<S>& t, int64_t j, int64_t l, Vec<S> score, Vec<S> c, Vec<S> r, Vec<S> g, Vec<S> offset) {
   using V = Vec<S>;
-  if constexpr (K == Kind::none) return V(S(0));
-  if constexpr (K == Kind::rank1) return fma(g, V(t.y[j]), r);
-  if constexpr (K == Kind::table) return V::load(t.table + l - j);
-  if constexpr (K == Kind::form) return g * Phi::value(r - V(t.y[j]), V(t.p0), V(t.p1));
+  if constexpr (K == Kind::none) return fma(score, c, offset);
+  if constexpr (K == Kind::rank1) return fma(g, r - V(t.y[j]), fma(score, c, offset));
+  if constexpr (K == Kind::table) return fma(score, c, V::load(t.table + l - j) + offset);
+  if constexpr (K == Kind::form) return fma(score, c, fma(g, Phi::value(r - V(t.y[j]), V(t.p0), V(t.p1)), offset));
 }
 
-// Calls f(std::integral_constant-like kind tag, Phi) for the tile's kind.
+// Calls f(tag of the kind, Phi) for the tile's kind.
 template <Kind K> struct KindTag { static constexpr Kind value = K; };
 template <class S, class Fn>
 FASTPE_INLINE void with_kind(const TileBias<S>& t, Fn&& f) {
@@ -246,6 +244,7 @@ struct TileMask {
   const uint8_t* dense = nullptr;  // at (first row of the block, key 0)
   int64_t dense_sn = 0, dense_sk = 0;
   int64_t rows = 0;
+  int64_t split = 0;  // keys from here on are hidden from the first kBM / 2 lanes: products leave those out
 
   bool partial() const { return by_index || k_ids || dense; }
 
@@ -354,6 +353,11 @@ struct Call {
     m.by_index = !pos::tile_full(band, I0, I0 + rows, j0 + js, r.hi);
     m.k_ids = nullptr;
     m.dense = nullptr;
+    m.split = je;
+    if (m.by_index && band.right > 0) {
+      const int64_t s = tiles::round_up(I0 + kBM / 2 + band.right - 1 - j0, E::kPack);
+      m.split = s < js ? js : s < je ? s : je;
+    }
     if (p.vis.k_ids) {
       const IdSpan q = q_span[b * nq_blocks + qb], k = k_span[b * nk_tiles + t];
       if (q.hi < k.lo || k.hi < q.lo || k.hi < 0) return TileClass::hidden;
@@ -426,8 +430,8 @@ struct KVPack {
     k_norm = c.take<S>(nt);
   }
 
-  // Packs tile t; rows: scratch of BN x max(D, Dv) scalars.
-  void pack(const AttnParams& p, int64_t b, int64_t hk, int64_t t, S* rows) const {
+  // Packs tile t; rows and tmp: scratch of BN x max(D, Dv) scalars and as many units.
+  void pack(const AttnParams& p, int64_t b, int64_t hk, int64_t t, S* rows, U* tmp) const {
     constexpr int64_t units = kBN<E> / E::kPack;
     const int64_t j0 = t * kBN<E>, n = p.Nk - j0 < kBN<E> ? p.Nk - j0 : kBN<E>;
     S biggest = 0;
@@ -443,13 +447,13 @@ struct KVPack {
     }
     // Rounding of operands to bf16 moves a norm by less than 2^-8.
     k_norm[t] = nan ? kInf<S> : S(__builtin_sqrt(double(biggest))) * S(E::kPack == 2 ? 1.01 : 1.0001);
-    if (k_cols) pack_columns<E>(k_cols + t * p.D * units, units, rows, p.D, n, units, p.D);
+    if (k_cols) pack_columns<E>(k_cols + t * p.D * units, units, rows, p.D, n, units, p.D, tmp);
     for (int64_t j = 0; j < n; ++j) {
       S* row = rows + j * p.Dv;
       load_row(row, p.v, p.dtype, b, hk, j0 + j, p.Dv);
       if (v_rows) pack_row<E>(v_rows + (j0 + j) * (p.Dv / E::kPack), row, p.Dv);
     }
-    if (v_cols) pack_columns<E>(v_cols + t * p.Dv * units, units, rows, p.Dv, n, units, p.Dv);
+    if (v_cols) pack_columns<E>(v_cols + t * p.Dv * units, units, rows, p.Dv, n, units, p.Dv, tmp);
   }
 };
 

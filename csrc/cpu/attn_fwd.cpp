@@ -7,14 +7,16 @@
 //   S[key][query]  = K Qt                       product, Qt (D x kBM) stays in L1
 //   running maximum, P = exp2(S - m), row sums  vertical, on the tile while it is in L1
 //   O^T[dv][query] += V^T P                     product into a (Dv x kBM) accumulator
-// The maximum is raised only when a tile exceeds it by 2^kLazy: until then P may be as large as 2^kLazy, which float
-// holds, and the accumulator needs no rescaling.
+// The reference m of a row need not be its maximum: any number that keeps P and its sums finite gives the same result
+// to the last bits, since only the exponent of P moves. So m is raised only when a tile exceeds it by 2^kLazy, and for
+// a tile whose largest possible score |q| |k| scale + bias is within 2^kRoom of m the maximum is not formed at all.
 #include "attn_common.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
 namespace {
 
 constexpr double kLazy = 8;
+constexpr double kRoom = 50;
 
 // Tile of scores: rows of kBM lanes.
 template <class E>
@@ -22,7 +24,7 @@ struct FwdScratch {
   using S = typename E::S;
   using U = typename E::U;
   S *rows, *s, *o;
-  U *qt, *pt;
+  U *tmp, *qt, *pt;
   TileBias<S>* bias;
   BlockBias<S>* block;
   BlockScale<S>* scale;
@@ -31,6 +33,7 @@ struct FwdScratch {
   void carve(Carver& c, const AttnParams& p) {
     const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
     rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 16);
+    tmp = E::kPack == 1 ? nullptr : c.take<U>((kBM > kBN<E> ? kBM : kBN<E>) * tiles::round_up(dmax, 16));
     s = c.take<S>(kBN<E> * kBM);
     o = c.take<S>(p.Dv * kBM);
     qt = c.take<U>(p.D / E::kPack * kBM);
@@ -45,8 +48,8 @@ struct FwdScratch {
   }
 };
 
-// Scores of keys [js, je) for G vectors of queries from lane l0 on: leaves x (log2 units) in s where the second pass
-// cannot recompute it cheaply, and the largest x per lane in mx.
+// Scores of keys [js, je) for G vectors of queries from lane l0 on: leaves x (log2 units) in s and the largest x per
+// lane in mx.
 template <class E, Kind K, class Phi, bool Masked, int G>
 FASTPE_INLINE void score_pass(const TileBias<typename E::S>& t, const TileMask<typename E::S>& mask, const typename E::S* c, typename E::S* s, int64_t js, int64_t je, int64_t l0, typename E::S* mx) {
   using V = Vec<typename E::S>;
@@ -62,37 +65,35 @@ FASTPE_INLINE void score_pass(const TileBias<typename E::S>& t, const TileMask<t
     S* row = s + j * kBM + l0;
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      V x = fma(V::load(row + g * L), cv[g], bias_at<K, Phi>(t, j, l0 + g * L, rv[g], gv[g]));
+      V x = score_at<K, Phi>(t, j, l0 + g * L, V::load(row + g * L), cv[g], rv[g], gv[g], V(S(0)));
       if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
-      if constexpr (Masked || K == Kind::table || K == Kind::form) x.store(row + g * L);
+      x.store(row + g * L);
       best[g] = max(best[g], x);
     }
   }
   for (int g = 0; g < G; ++g) best[g].store(mx + l0 + g * L);
 }
 
-// P = exp2(x - m), row sums added to l. Writes P over s (float) or as bf16 pairs of keys to pt.
-template <class E, Kind K, bool Masked, int G>
+// P = exp2(x - m), row sums added to l. Stored: s holds x already, else raw scores. Writes P over s (float) or as bf16
+// pairs of keys to pt.
+template <class E, Kind K, class Phi, bool Stored, int G>
 FASTPE_INLINE void prob_pass(const TileBias<typename E::S>& t, const typename E::S* c, typename E::S* s, typename E::U* pt, int64_t js, int64_t je, int64_t l0, const typename E::S* m, typename E::S* l) {
   using V = Vec<typename E::S>;
   using S = typename E::S;
   constexpr int L = V::kLanes;
-  constexpr bool kStored = Masked || K == Kind::table || K == Kind::form;
-  V cv[G], rv[G], gv[G], mv[G], sum[G];
+  V cv[G], rv[G], gv[G], offset[G], sum[G];
   for (int g = 0; g < G; ++g) {
-    mv[g] = V::load(m + l0 + g * L);
-    if constexpr (!kStored) {
+    offset[g] = V(S(0)) - V::load(m + l0 + g * L);
+    if constexpr (!Stored) {
       cv[g] = V::load(c + l0 + g * L);
-      rv[g] = K == Kind::rank1 ? V::load(t.r + l0 + g * L) - mv[g] : V(S(0)) - mv[g];
-      if constexpr (K == Kind::rank1) gv[g] = V::load(t.g + l0 + g * L);
+      if constexpr (K == Kind::rank1 || K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
     }
     sum[g] = V(S(0));
   }
   const auto prob = [&](int64_t j, int g) {
     const V x = V::load(s + j * kBM + l0 + g * L);
-    if constexpr (kStored) return exp2(x - mv[g]);
-    if constexpr (K == Kind::rank1) return exp2(fma(x, cv[g], fma(gv[g], V(t.y[j]), rv[g])));
-    return exp2(fma(x, cv[g], rv[g]));
+    if constexpr (Stored) return exp2(x + offset[g]);
+    else return exp2(score_at<K, Phi>(t, j, l0 + g * L, x, cv[g], rv[g], gv[g], offset[g]));
   };
   if constexpr (E::kPack == 1) {
     for (int64_t j = js; j < je; ++j)
@@ -191,7 +192,8 @@ struct Forward {
   void pack_task(int64_t task, int worker) {
     const int64_t w = task / call.nk_tiles, t = task % call.nk_tiles;
     const int64_t bk = head0 + w;
-    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, scratch(worker).rows);
+    const FwdScratch<E> sc = scratch(worker);
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, sc.rows, sc.tmp);
   }
 
   void block_task(int64_t task, int worker) {
@@ -216,10 +218,10 @@ struct Forward {
       if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
       const S f = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1));
       w.scale->c[r] = f * S(kLog2e);
-      if (skip > -1e300) w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001);
+      w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001);
     }
     for (int64_t r = rows; r < lanes; ++r) w.scale->c[r] = 0, w.scale->qn[r] = 0;
-    pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D);
+    pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
 
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
@@ -227,7 +229,7 @@ struct Forward {
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < lanes; ++l) {
       w.m[l] = -kInf<S>;
-      w.l[l] = 0;
+      w.l[l] = 0;  // lanes past the last row see the same keys with q = 0
       w.slack[l] = l < rows ? S(skip) : kInf<S>;
     }
     bool empty = true;
@@ -240,10 +242,15 @@ struct Forward {
       const int64_t j0 = t * kBN<E>;
       TileBias<S>& tb = *w.bias;
       tb.init(hb, *w.block, p, I0, lanes, j0, js, je);
-      if (!empty && skip > -1e300 && forgettable(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes)) { ++decayed; return; }
-      ++visited;
       mask.q_ids = w.ids;
-      tile(kv, t, j0, js, je, tb, mask, w, lanes, units, empty);
+      bool exact = true;
+      if (!empty && !(p.softcap > 0)) {
+        const Bound bound = judge(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes);
+        if (skip > -1e300 && bound.forgettable) { ++decayed; return; }
+        exact = !bound.harmless;
+      }
+      ++visited;
+      tile(kv, t, j0, js, je, tb, mask, w, lanes, units, empty, exact);
       empty = false;
     });
     finish(b, h, i0, rows, lanes, empty, w);
@@ -258,34 +265,33 @@ struct Forward {
     }
   }
 
-  // No row of the block can lose more than skip_eps by leaving this tile out: for every row
-  //   |q| |k|max scale + (largest bias of the tile) <= lse so far + log2(eps / Nk),
-  // and lse only grows. The skipped keys of a row are at most Nk, each below eps / Nk of the final sum.
-  static bool forgettable(const TileBias<S>& tb, const HeadBias<S>& hb, S k_norm, const FwdScratch<E>& w, int64_t I0, int64_t j_first, int64_t j_last, int64_t lanes) {
+  // What the largest possible scores of a tile, |q| |k|max scale + (largest bias), allow.
+  struct Bound {
+    bool forgettable;  // no row loses more than skip_eps by leaving the tile out: for every row the bound is at most
+                       // lse so far + log2(eps / Nk), lse only grows, and a row has at most Nk skipped keys
+    bool harmless;     // P = exp2(x - m) cannot pass 2^kRoom with the m the rows have
+  };
+  static Bound judge(const TileBias<S>& tb, const HeadBias<S>& hb, S k_norm, const FwdScratch<E>& w, int64_t I0, int64_t j_first, int64_t j_last, int64_t lanes) {
+    bool skip = true, calm = true;
     for (int64_t l = 0; l < lanes; l += L) {
       const V m = V::load(w.m + l);
-      // log2 of the running sum is at least the running maximum less the slack of the lazy update: use l >= tiny.
-      V lse = m;
-      const V sum = V::load(w.l + l);
-      lse = select(sum >= V(S(1)), lse, V(-kInf<S>));
       const V bound = fma(V::load(w.scale->qn + l), V(k_norm), tb.upper(hb, l, I0, j_first, j_last));
-      const V room = lse + V::load(w.slack + l);
-      const Mask<S> keep = bound > room;
-      // NaN compares false on both sides; only a proven bound may skip.
-      const Mask<S> proven = room >= bound;
-      if (any(keep) || !any_all(proven)) return false;
+      // A row's sum holds at least one P of 1 as soon as it has seen a key, so its lse is at least m.
+      const Mask<S> a = m + V::load(w.slack + l) >= bound, b = m + V(S(kRoom)) >= bound;
+      for (int x = 0; x < L; ++x) {  // NaN is on neither side
+        skip &= a.m[x] != 0;
+        calm &= b.m[x] != 0;
+      }
     }
-    return true;
-  }
-  static FASTPE_INLINE bool any_all(Mask<S> m) {
-    bool r = true;
-    for (int l = 0; l < L; ++l) r &= m.m[l] != 0;
-    return r;
+    return {skip, calm};
   }
 
-  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, FwdScratch<E>& w, int64_t lanes, int64_t units, bool first) {
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, FwdScratch<E>& w, int64_t lanes, int64_t units, bool first, bool exact) {
     const int64_t ku = p.D / E::kPack;
-    gemm<E, false>(kv.k_rows + (j0 + js) * ku, ku, w.qt, kBM, w.s + js * kBM, kBM, je - js, lanes, ku);
+    constexpr int64_t half = kBM / 2;
+    const int64_t jm = lanes > half ? mask.split : je;
+    gemm<E, false>(kv.k_rows + (j0 + js) * ku, ku, w.qt, kBM, w.s + js * kBM, kBM, jm - js, lanes, ku);
+    if (jm < je) gemm<E, false>(kv.k_rows + (j0 + jm) * ku, ku, w.qt + half, kBM, w.s + jm * kBM + half, kBM, je - jm, lanes - half, ku);
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
     if (p.softcap > 0) {
@@ -300,6 +306,10 @@ struct Forward {
     with_kind(tb, [&](auto kind, auto phi) {
       constexpr Kind K = decltype(kind)::value;
       using Phi = decltype(phi);
+      if (!exact && !masked) {
+        for_lanes<S>(lanes, [&](auto g, int64_t l) { prob_pass<E, K, Phi, false, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, w.m, w.l); });
+        return;
+      }
       for_lanes<S>(lanes, [&](auto g, int64_t l) {
         if (masked) score_pass<E, K, Phi, true, decltype(g)::value>(tb, mask, c, w.s, js, je, l, mx);
         else score_pass<E, K, Phi, false, decltype(g)::value>(tb, mask, c, w.s, js, je, l, mx);
@@ -323,15 +333,15 @@ struct Forward {
       alignas(64) S m_safe[kBM];
       for (int64_t l = 0; l < lanes; ++l) m_safe[l] = w.m[l] == -kInf<S> ? S(0) : w.m[l];
       for_lanes<S>(lanes, [&](auto g, int64_t l) {
-        if (masked) prob_pass<E, K, true, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, m_safe, w.l);
-        else prob_pass<E, K, false, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, m_safe, w.l);
+        prob_pass<E, K, Phi, true, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, m_safe, w.l);
       });
     });
-    const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(w.s) + js * kBM : w.pt + js / E::kPack * kBM;
-    const U* va = kv.v_cols + t * p.Dv * units + js / E::kPack;
-    const int64_t kk = tiles::ceil_div(je - js, E::kPack);
-    if (first) gemm<E, false>(va, units, pb, kBM, w.o, kBM, p.Dv, lanes, kk);
-    else gemm<E, true>(va, units, pb, kBM, w.o, kBM, p.Dv, lanes, kk);
+    const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(w.s) : w.pt;
+    const U* va = kv.v_cols + t * p.Dv * units;
+    const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
+    if (first) gemm<E, false>(va + u0, units, pb + u0 * kBM, kBM, w.o, kBM, p.Dv, lanes, u_end - u0);
+    else gemm<E, true>(va + u0, units, pb + u0 * kBM, kBM, w.o, kBM, p.Dv, lanes, u_end - u0);
+    if (jm < je) gemm<E, true>(va + um, units, pb + um * kBM + half, kBM, w.o + half, kBM, p.Dv, lanes - half, u1 - um);
   }
 
   void finish(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, bool empty, FwdScratch<E>& w) {
@@ -357,13 +367,22 @@ struct Forward {
       inv[r] = l == 0 ? S(0) : S(1 / l);
       if (r < rows) lse[r] = l == 0 ? -kInf<S> : S((m + __builtin_log2(l)) * kLn2);
     }
+    for (int64_t d = 0; d < p.Dv; ++d)
+      for (int64_t l = 0; l < lanes; l += L) {
+        // Not a product in empty blocks: the accumulator was never written.
+        const V x = empty ? V(S(0)) : V::load(w.o + d * kBM + l) * V::load(inv + l);
+        x.store(w.o + d * kBM + l);
+      }
+    transpose(w.rows, p.Dv, w.o, kBM, p.Dv, rows);
     for (int64_t r = 0; r < rows; ++r) {
-      S* row = w.rows;
-      if (empty)
-        for (int64_t d = 0; d < p.Dv; ++d) row[d] = 0;
-      else
-        for (int64_t d = 0; d < p.Dv; ++d) row[d] = w.o[d * kBM + r] * inv[r];
+      S* row = w.rows + r * p.Dv;
       store_row(row, p.o, p.dtype, b, h, i0 + r, p.Dv);
+      if (p.residual.p) {
+        S* rounded = w.o;
+        load_row(rounded, p.o, p.dtype, b, h, i0 + r, p.Dv);
+        for (int64_t d = 0; d < p.Dv; ++d) row[d] -= rounded[d];
+        store_row(row, p.residual, p.dtype, b, h, i0 + r, p.Dv);
+      }
     }
   }
 };

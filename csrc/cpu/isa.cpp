@@ -13,7 +13,7 @@
 #define FASTPE_STR(a) FASTPE_STR_(a)
 
 extern const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA);
-__attribute__((visibility("hidden"))) const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA) = {
+const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA) = {
     FASTPE_STR(FASTPE_ISA),
     fastpe::cpu::FASTPE_ISA::attn_fwd,
     fastpe::cpu::FASTPE_ISA::attn_bwd,

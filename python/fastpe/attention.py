@@ -116,11 +116,15 @@ def attention(
     if sink is not None:
         sink = _sink(call, sink)
 
-    out, lse = torch.ops.fastpe.attn_fwd(
+    # In 16 bits, gradients of parameters need what rounding took from out (csrc/core/params.h: residual).
+    learned = (b.params, b.gamma, b.u, b.w, b.table, rho, sink)
+    keep_residual = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
+
+    out, lse, _ = torch.ops.fastpe.attn_fwd(
         query, key, value, q_rope, k_rope, layout,
         b.form, b.params, b.gamma, b.u, b.w, b.base, b.table,
         seen.left, seen.right, seen.sinks, seen.q_ids, seen.k_ids, seen.mask,
-        rho, sink, scale, softcap, softcap_mul, config.skip_bound_for(query.dtype),
+        rho, sink, scale, softcap, softcap_mul, config.skip_bound_for(query.dtype), keep_residual,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

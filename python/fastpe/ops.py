@@ -16,14 +16,12 @@ NEEDS = {
     "q": 1,
     "k": 2,
     "v": 4,
-    "q_rope": 8,
-    "k_rope": 16,
-    "bias_params": 32,
-    "bias_gamma": 64,
-    "bias_u": 128,
-    "bias_w": 256,
-    "bias_table": 512,
-    "row_scale": 1024,
+    "bias_params": 8,
+    "bias_gamma": 16,
+    "bias_u": 32,
+    "bias_w": 64,
+    "bias_table": 128,
+    "row_scale": 256,
 }
 
 # attn_fwd's arguments, in order.
@@ -31,9 +29,9 @@ _ARGS = (
     "q", "k", "v", "q_rope", "k_rope", "rope_layout",
     "bias_form", "bias_params", "bias_gamma", "bias_u", "bias_w", "bias_base", "bias_table",
     "left", "right", "sinks", "q_ids", "k_ids", "mask",
-    "row_scale", "sink", "scale", "softcap", "softcap_mul", "skip_eps",
+    "row_scale", "sink", "scale", "softcap", "softcap_mul", "skip_eps", "keep_residual",
 )  # fmt: skip
-_PLAIN = ("rope_layout", "bias_form", "left", "right", "sinks", "scale", "softcap", "softcap_mul", "skip_eps")
+_PLAIN = ("rope_layout", "bias_form", "left", "right", "sinks", "scale", "softcap", "softcap_mul", "skip_eps", "keep_residual")
 
 
 def aux_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,13 +49,15 @@ def _like(x: Tensor, channels: int) -> Tensor:
 
 @torch.library.register_fake("fastpe::attn_fwd")
 def _(q, k, v, *rest):
-    return _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=aux_dtype(q.dtype))
+    keep_residual = rest[-1] and q.dtype in (torch.bfloat16, torch.float16)
+    residual = _like(q, v.shape[3]) if keep_residual else q.new_empty(0)
+    return _like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=aux_dtype(q.dtype)), residual
 
 
 @torch.library.register_fake("fastpe::attn_bwd")
-def _(dout, dlse, q, k, v, out, lse, q_rope, k_rope, rope_layout, bias_form, params, gamma, u, w, base, table,
+def _(dout, dlse, q, k, v, out, lse, residual, q_rope, k_rope, rope_layout, bias_form, params, gamma, u, w, base, table,
       left, right, sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps, needs):  # fmt: skip
-    inputs = dict(zip(NEEDS, (q, k, v, q_rope, k_rope, params, gamma, u, w, table, row_scale)))
+    inputs = dict(zip(NEEDS, (q, k, v, params, gamma, u, w, table, row_scale)))
 
     def gradient(what):
         x = inputs[what]
@@ -76,12 +76,14 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*(args[what] for what in ctx.tensors), *output)
 
 
-def _backward(ctx, dout, dlse):
+def _backward(ctx, dout, dlse, _dresidual):
     none = (None,) * len(_ARGS)
     if dout is None and dlse is None:
         return none
-    *tensors, out, lse = ctx.saved_tensors
+    *tensors, out, lse, residual = ctx.saved_tensors
     args = dict(zip(ctx.tensors, tensors)) | ctx.plain
+    if not args["keep_residual"] or out.dtype not in (torch.bfloat16, torch.float16):
+        residual = None
     wanted = dict(zip(_ARGS, ctx.needs_input_grad))
     needs = sum(bit for what, bit in NEEDS.items() if wanted[what])
     if dout is None:
@@ -93,16 +95,17 @@ def _backward(ctx, dout, dlse):
     grads = {}
     if needs:
         qkv = (args["q"], args["k"], args["v"])
-        made = torch.ops.fastpe.attn_bwd(dout, dlse, *qkv, out, lse, *(args[what] for what in _ARGS[3:]), needs)
+        made = torch.ops.fastpe.attn_bwd(dout, dlse, *qkv, out, lse, residual, *(args[what] for what in _ARGS[3:-1]), needs)
         grads = {what: g for (what, bit), g in zip(NEEDS.items(), made) if needs & bit}
     if wanted["sink"]:
-        grads["sink"] = _sink_gradient(args["sink"], dout, dlse, out, lse)
+        grads["sink"] = _sink_gradient(args["sink"], dout, dlse, out, lse, residual)
     return tuple(grads.get(what) for what in _ARGS)
 
 
-def _sink_gradient(sink: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+def _sink_gradient(sink: Tensor, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, residual: Tensor | None) -> Tensor:
     """The sink takes the share exp(sink - lse) of every row and gives nothing to out."""
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    full = out.to(lse.dtype) if residual is None else out.to(lse.dtype) + residual.to(lse.dtype)
+    delta = (dout.to(lse.dtype) * full).sum(-1)
     if dlse is not None:
         delta = delta - dlse
     share = torch.exp(sink[None, :, None] - lse)
