@@ -51,9 +51,13 @@ class RotaryEmbedding(torch.nn.Module):
         where = "fastpe.nn.RotaryEmbedding"
         if isinstance(rope, Rope):
             if parameters:
-                raise TypeError(f"{where}: {', '.join(parameters)} given with a Rope; pass the builder to have it called")
+                raise TypeError(
+                    f"{where}: {', '.join(parameters)} given with a Rope; pass the builder to have it called"
+                )
         elif not callable(rope):
-            raise TypeError(f"{where}: rope must be a fastpe.Rope or a function that returns one, got {type(rope).__name__}")
+            raise TypeError(
+                f"{where}: rope must be a fastpe.Rope or a function that returns one, got {type(rope).__name__}"
+            )
         self._source = rope
         self._moved: dict[torch.device, Rope] = {}
         self._constants: dict[str, Any] = {}
@@ -75,7 +79,9 @@ class RotaryEmbedding(torch.nn.Module):
         learned = {name: getattr(self, name) for name in self._names}
         built = self._source(**learned, **self._constants)
         if not isinstance(built, Rope):
-            raise TypeError(f"fastpe.nn.RotaryEmbedding: the function must return a fastpe.Rope, got {type(built).__name__}")
+            raise TypeError(
+                f"fastpe.nn.RotaryEmbedding: the function must return a fastpe.Rope, got {type(built).__name__}"
+            )
         return built
 
     def forward(

@@ -14,8 +14,13 @@ Tensor = torch.Tensor
 
 LAYOUTS = ("half", "interleaved", "cosine")
 PRECISIONS = ("exact", "float32")
-_DIMS = {"": ("pairs",), "h": ("heads", "pairs"), "b": ("batch", "pairs"), "a": ("axes", "pairs"),
-         "ah": ("axes", "heads", "pairs")}
+_DIMS = {
+    "": ("pairs",),
+    "h": ("heads", "pairs"),
+    "b": ("batch", "pairs"),
+    "a": ("axes", "pairs"),
+    "ah": ("axes", "heads", "pairs"),
+}
 _WHERE = "fastpe.Rope"
 
 
@@ -222,7 +227,17 @@ class Rope:
         (torch.Size([2, 1, 1, 2, 4]), torch.Size([2, 1, 1, 5, 4]))
         """
         return self._both(
-            where, _kernel_table(out_dtype), positions_q, positions_k, q_len, k_len, batch, heads, kv_heads, device, out_dtype
+            where,
+            _kernel_table(out_dtype),
+            positions_q,
+            positions_k,
+            q_len,
+            k_len,
+            batch,
+            heads,
+            kv_heads,
+            device,
+            out_dtype,
         )
 
     def materialize_tables(
@@ -240,7 +255,17 @@ class Rope:
     ) -> tuple[Tensor, Tensor]:
         """`tables` from the definition: plain torch, float64."""
         return self._both(
-            where, _definition_table, positions_q, positions_k, q_len, k_len, batch, heads, kv_heads, device, torch.float64
+            where,
+            _definition_table,
+            positions_q,
+            positions_k,
+            q_len,
+            k_len,
+            batch,
+            heads,
+            kv_heads,
+            device,
+            torch.float64,
         )
 
     def materialize(
@@ -274,7 +299,12 @@ class Rope:
         """The table for a single tensor of ``n`` tokens: ``(2, B|1, H|1, n, J)``."""
         p = self._positions(where, "positions", positions, n, batch, device)
         return self._table(
-            _kernel_table(out_dtype), p, lambda: _length_of(p), lambda w: self._rows(where, w, heads, heads, True), out_dtype, 1
+            _kernel_table(out_dtype),
+            p,
+            lambda: _length_of(p),
+            lambda w: self._rows(where, w, heads, heads, True),
+            out_dtype,
+            1,
         )
 
     def _both(self, where, make, positions_q, positions_k, q_len, k_len, batch, heads, kv_heads, device, out_dtype):
@@ -307,7 +337,9 @@ class Rope:
         q_table = self._table(make, pq, size, lambda w: self._rows(where, w, heads, kv_heads, True), out_dtype, 1)
         if same and not self._sides_differ and ("h" not in self.dims or heads == kv_heads):
             return q_table, q_table
-        return q_table, self._table(make, pk, size, lambda w: self._rows(where, w, heads, kv_heads, False), out_dtype, -1)
+        return q_table, self._table(
+            make, pk, size, lambda w: self._rows(where, w, heads, kv_heads, False), out_dtype, -1
+        )
 
     def _table(self, make, positions: Tensor, length, rows, out_dtype: torch.dtype, side: int) -> Tensor:
         """(A,B|1,N) positions -> (2,B|1,H|1,N,J). `rows` picks the rows of per-head frequencies this side uses, which is
@@ -346,7 +378,9 @@ class Rope:
 
     def _one_axis(self, where: str) -> None:
         if self.axes != 1:
-            raise ValueError(f"{where}: rope {self.name} has {self.axes} axes, so positions ({self.axes}, N) are needed, got none")
+            raise ValueError(
+                f"{where}: rope {self.name} has {self.axes} axes, so positions ({self.axes}, N) are needed, got none"
+            )
 
     def _positions(
         self, where: str, what: str, p: Tensor | None, n: int | None, batch: int | None, device: torch.device
@@ -371,7 +405,9 @@ class Rope:
                 )
             p = p if p.dim() == 3 else p[:, None]
         if n is not None and p.shape[2] != n:
-            raise ValueError(f"{where}: {what} is for {p.shape[2]} tokens, got {n} of them (positions have shape {_check.shape(given)})")
+            raise ValueError(
+                f"{where}: {what} is for {p.shape[2]} tokens, got {n} of them (positions have shape {_check.shape(given)})"
+            )
         if batch is not None and p.shape[1] != 1 and p.shape[1] != batch:
             raise ValueError(f"{where}: {what} has {p.shape[1]} batch rows, expected 1 or {batch}")
         if p.device != device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import _check, _rope_rules as rules
+from . import _rope_rules as rules
 from ._rope import Rope
 
 _WHERE = "fastpe.rope.from_hf_config"
@@ -99,7 +99,9 @@ def from_hf_config(
     if head_dim is None:
         hidden = _need(_get(config, "hidden_size", "n_embd"), "head_dim or hidden_size", "every rope")
         head_dim = hidden // _need(_get(config, "num_attention_heads", "n_head"), "num_attention_heads", "every rope")
-    base = _need(_get(parameters, "rope_theta") or _get(config, "rope_theta", "rotary_emb_base"), "rope_theta", "every rope")
+    base = _need(
+        _get(parameters, "rope_theta") or _get(config, "rope_theta", "rotary_emb_base"), "rope_theta", "every rope"
+    )
     share = _get(parameters, "partial_rotary_factor")
     if share is None:
         share = _get(config, "partial_rotary_factor", "rotary_pct")
@@ -113,10 +115,15 @@ def from_hf_config(
     how = {"layout": layout, "precision": precision}
 
     def max_position() -> int:
-        return _need(_get(config, "max_position_embeddings", "n_positions"), "max_position_embeddings", f"rope_type {kind!r}")
+        return _need(
+            _get(config, "max_position_embeddings", "n_positions"), "max_position_embeddings", f"rope_type {kind!r}"
+        )
 
     def original() -> int:
-        inner, outer = parameters.get("original_max_position_embeddings"), _get(config, "original_max_position_embeddings")
+        inner, outer = (
+            parameters.get("original_max_position_embeddings"),
+            _get(config, "original_max_position_embeddings"),
+        )
         first, second = (inner, outer) if nested else (outer, inner)
         return first or second or max_position()
 

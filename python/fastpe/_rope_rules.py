@@ -94,7 +94,9 @@ def default(rotary_dim: int, base: float = 10000.0, *, layout: str = "half", pre
     return _rope("default", _plain("fastpe.rope.default", rotary_dim, base, _dtype(precision)), layout, precision)
 
 
-def linear(rotary_dim: int, factor: float, base: float = 10000.0, *, layout: str = "half", precision: str = "exact") -> Rope:
+def linear(
+    rotary_dim: int, factor: float, base: float = 10000.0, *, layout: str = "half", precision: str = "exact"
+) -> Rope:
     """Position interpolation, ``w_j / factor`` (arXiv 2306.15595).
 
     Args:
@@ -130,7 +132,9 @@ def dynamic_linear(
     return _by_length("dynamic_linear", rule, max_position, layout, precision)
 
 
-def ntk(rotary_dim: int, alpha: float, base: float = 10000.0, *, layout: str = "half", precision: str = "exact") -> Rope:
+def ntk(
+    rotary_dim: int, alpha: float, base: float = 10000.0, *, layout: str = "half", precision: str = "exact"
+) -> Rope:
     """NTK-aware scaling: RoPE with the base times ``alpha^(R/(R-2))`` (described in YaRN, arXiv 2309.00071).
 
     Args:
@@ -196,7 +200,14 @@ def _correction_dim(rotations: float, rotary_dim: int, base: float, length: floa
 
 
 def _keep_mask(
-    where: str, rotary_dim: int, base: float, length: float, fast: float, slow: float, truncate: bool, dtype: torch.dtype
+    where: str,
+    rotary_dim: int,
+    base: float,
+    length: float,
+    fast: float,
+    slow: float,
+    truncate: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """(R/2,) 1 for pairs that turn more than `fast` times in `length` tokens, 0 below `slow`, a ramp in the pair index between."""
     _even(where, "rotary_dim", rotary_dim)
@@ -544,6 +555,7 @@ def _clex_ode(up: Tensor, down: Tensor, start: Tensor, end: float, step: float, 
     points, steps = grid.tolist(), h.tolist()
     x, out = start, [start]
     for n, h in enumerate(steps):
+
         def slope(stage: int, y: Tensor) -> Tensor:
             return act((y + log_n[n, stage]) @ up) @ down + d_over_n[n, stage]
 
@@ -636,8 +648,38 @@ def clex(
 HARPE_BASES: tuple[float, ...] = tuple(
     1e4 * n
     for n in (
-        100, 115, 130, 145, 217, 220, 223, 247, 250, 265, 268, 271, 274, 280, 283, 292,
-        301, 304, 310, 313, 316, 322, 343, 346, 361, 388, 409, 415, 439, 445, 451, 454,
+        100,
+        115,
+        130,
+        145,
+        217,
+        220,
+        223,
+        247,
+        250,
+        265,
+        268,
+        271,
+        274,
+        280,
+        283,
+        292,
+        301,
+        304,
+        310,
+        313,
+        316,
+        322,
+        343,
+        346,
+        361,
+        388,
+        409,
+        415,
+        439,
+        445,
+        451,
+        454,
     )
 )
 """The searched bases of HARPE's Table 2, one per head of a 32-head model (arXiv 2412.07171)."""
@@ -671,14 +713,14 @@ def harpe_bases(heads: int, low: float = 1e6, high: float = 5e6) -> Tensor:
     where = "fastpe.rope.harpe_bases"
     _check.count(where, "heads", heads, 2)
     return torch.linspace(
-        _check.number(where, "low", low, positive=True), _check.number(where, "high", high, positive=True), heads,
+        _check.number(where, "low", low, positive=True),
+        _check.number(where, "high", high, positive=True),
+        heads,
         dtype=torch.float64,
     )
 
 
-def harpe(
-    rotary_dim: int, bases: Sequence[float] | Tensor, *, layout: str = "half", precision: str = "exact"
-) -> Rope:
+def harpe(rotary_dim: int, bases: Sequence[float] | Tensor, *, layout: str = "half", precision: str = "exact") -> Rope:
     """HARPE: every head has its own base (arXiv 2412.07171).
 
     Args:
@@ -688,7 +730,9 @@ def harpe(
     >>> fastpe.rope.harpe(64, fastpe.rope.harpe_bases(8))
     harpe(rotary_dim=64, heads=8, layout='half')
     """
-    return _rope("harpe", _many_bases("fastpe.rope.harpe", rotary_dim, bases, _dtype(precision)), layout, precision, "h")
+    return _rope(
+        "harpe", _many_bases("fastpe.rope.harpe", rotary_dim, bases, _dtype(precision)), layout, precision, "h"
+    )
 
 
 def attention_buckets(
@@ -1143,7 +1187,9 @@ def lrpe(
         raise ValueError(f"{where}: theta must be (e,) or (H, e), got shape {_check.shape(theta)}")
     e = theta.shape[-1]
     if axes * e < angles or (axes == 1 and e != angles):
-        raise ValueError(f"{where}: theta has {e} entries per axis, expected {-(-angles // axes)} for {angles} angles on {axes} axes")
+        raise ValueError(
+            f"{where}: theta has {e} entries per axis, expected {-(-angles // axes)} for {angles} angles on {axes} axes"
+        )
     per_head = "h" if theta.dim() == 2 else ""
     if axes == 1:
         return Rope(theta, per_head, 1.0, layout, precision, "lrpe")
@@ -1158,8 +1204,17 @@ def lrpe(
 
 
 BASE_BOUND: dict[int, float] = {
-    1024: 4.3e3, 2048: 1.6e4, 4096: 2.7e4, 8192: 8.4e4, 16384: 3.1e5, 32768: 6.4e5, 65536: 2.1e6, 131072: 7.8e6,
-    262144: 3.6e7, 524288: 6.4e7, 1048576: 5.1e8,
+    1024: 4.3e3,
+    2048: 1.6e4,
+    4096: 2.7e4,
+    8192: 8.4e4,
+    16384: 3.1e5,
+    32768: 6.4e5,
+    65536: 2.1e6,
+    131072: 7.8e6,
+    262144: 3.6e7,
+    524288: 6.4e7,
+    1048576: 5.1e8,
 }
 """Smallest base for a context length, as printed in arXiv 2405.14591 (the head size is not stated there)."""
 
@@ -1182,7 +1237,9 @@ def base_bound(length: int) -> float:
     for known, base in BASE_BOUND.items():
         if length <= known:
             return base
-    raise ValueError(f"{where}: length must be at most {max(BASE_BOUND)}, the last entry of the paper's table, got {length}")
+    raise ValueError(
+        f"{where}: length must be at most {max(BASE_BOUND)}, the last entry of the paper's table, got {length}"
+    )
 
 
 def cosine_sum(base: float, distance: Tensor, rotary_dim: int = 128) -> Tensor:

@@ -182,7 +182,11 @@ def cream(
     high = stretch * window // 2 - tail - 1
     end = _integer(low, high, generator) if end is None else _within(where, "end", end, low, high)
     positions = torch.cat(
-        (torch.arange(head), torch.arange(end - middle + 1, end + 1), torch.arange(factor * window - tail, factor * window))
+        (
+            torch.arange(head),
+            torch.arange(end - middle + 1, end + 1),
+            torch.arange(factor * window - tail, factor * window),
+        )
     )
     tail_tokens = torch.arange(length - tail, length)
     if end < length:
@@ -205,9 +209,7 @@ def _cream_stretch(u: float, factor: int, mu: float, sigma: float) -> int:
     return math.floor(x0 + (x1 - x0) * (u - c0) / (c1 - c0))
 
 
-def randomized(
-    n: int, limit: int, *, sample: Tensor | None = None, generator: torch.Generator | None = None
-) -> Tensor:
+def randomized(n: int, limit: int, *, sample: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Randomized positions: n of [0, limit), sorted, none twice; int64 ``(n,)`` (arXiv 2305.16843).
 
     One set per forward pass, shared by queries, keys and the batch. PoSE and CREAM use the same per sample as "RandPos".
@@ -297,7 +299,9 @@ def segmented(
             raise ValueError(f"{where}: starts must be ({count},), got {_check.shape(starts)}")
         ends = torch.cat((starts[1:], torch.tensor([target])))
         if int(starts[0]) < 0 or not bool((starts + each <= ends).all()):
-            raise ValueError(f"{where}: starts must leave {each} tokens each within [0, {target}), got {starts.tolist()}")
+            raise ValueError(
+                f"{where}: starts must leave {each} tokens each within [0, {target}), got {starts.tolist()}"
+            )
     return (starts.long()[:, None] + torch.arange(each)).flatten()
 
 
@@ -562,7 +566,9 @@ def mrope(
         places = grid((t, h // merge, w // merge))
         size = places.shape[1]
         if not all(vision[at : at + size]) or at + size > n:
-            raise ValueError(f"{where}: grids[{block}] needs {size} vision tokens from token {at} on, which the text does not have")
+            raise ValueError(
+                f"{where}: grids[{block}] needs {size} vision tokens from token {at} on, which the text does not have"
+            )
         places[0] = (places[0] * intervals[block]).floor().long()
         parts.append(places + running)
         running, at, block = running + max(h, w) // merge, at + size, block + 1

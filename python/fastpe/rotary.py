@@ -24,7 +24,9 @@ def _input(where: str, what: str, x: Tensor, rope: Rope, inverse: bool, inplace:
         if d != expected:
             raise ValueError(f"{where}: {what} must have {expected} channels for {rope!r}, got {d}")
         if inplace:
-            raise NotImplementedError(f"{where}: the cosine layout changes the number of channels, so inplace must be False")
+            raise NotImplementedError(
+                f"{where}: the cosine layout changes the number of channels, so inplace must be False"
+            )
         return
     if rope.rotary_dim > d:
         raise ValueError(f"{where}: rope turns {rope.rotary_dim} channels, {what} has {d}")
@@ -34,7 +36,9 @@ def _input(where: str, what: str, x: Tensor, rope: Rope, inverse: bool, inplace:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(f"{where}: {what} requires grad and cannot be rotated in place; use inplace=False")
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError(f"{where}: {what} is expanded (stride 0) and cannot be rotated in place; use inplace=False")
+            raise ValueError(
+                f"{where}: {what} is expanded (stride 0) and cannot be rotated in place; use inplace=False"
+            )
 
 
 def _cosine(x: Tensor, table: Tensor, inverse: bool) -> Tensor:
@@ -48,7 +52,9 @@ def _cosine(x: Tensor, table: Tensor, inverse: bool) -> Tensor:
 
 def _frozen(where: str, *tables: Tensor) -> None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tables):
-        raise RuntimeError(f"{where}: rope or positions require grad, so the rotation cannot be done in place; use inplace=False")
+        raise RuntimeError(
+            f"{where}: rope or positions require grad, so the rotation cannot be done in place; use inplace=False"
+        )
 
 
 def _out_dtype(x: Tensor) -> torch.dtype:
@@ -89,7 +95,9 @@ def apply_rotary(
     _input(where, "x", x, rope, inverse, inplace)
     b, h, n, _ = x.shape
     if rope.dims == "b" and rope.inv_freq.shape[0] != b:
-        raise ValueError(f"{where}: rope {rope.name} has frequencies for {rope.inv_freq.shape[0]} batch rows, x has {b}")
+        raise ValueError(
+            f"{where}: rope {rope.name} has frequencies for {rope.inv_freq.shape[0]} batch rows, x has {b}"
+        )
     table = rope.one_table(where, positions, n, b, h, _out_dtype(x), x.device)
     if rope.layout == "cosine":
         return _cosine(x, table, inverse)
@@ -143,7 +151,9 @@ def apply_rotary_pair(
     if h % hk:
         raise ValueError(f"{where}: key has {hk} heads, which does not divide query's {h}")
     if rope.dims == "b" and rope.inv_freq.shape[0] != b:
-        raise ValueError(f"{where}: rope {rope.name} has frequencies for {rope.inv_freq.shape[0]} batch rows, query has {b}")
+        raise ValueError(
+            f"{where}: rope {rope.name} has frequencies for {rope.inv_freq.shape[0]} batch rows, query has {b}"
+        )
     if rope.layout == "cosine":
         k_positions = positions if key_positions is None and nq == nk else key_positions
         return (
