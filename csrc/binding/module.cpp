@@ -66,6 +66,33 @@ py::tuple rotate_pair(double x, double y, double c, double s) {
   return py::make_tuple(x, y);
 }
 
+// The tiles of one forward call, as far as indices decide: ids, masks and decaying biases hide more of them.
+py::dict tile_plan(int64_t B, int64_t H, int64_t Hk, int64_t Nq, int64_t Nk, const std::string& dtype, int64_t left, int64_t right, int64_t sinks) {
+  if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16" && dtype != "float64") throw py::value_error("fastpe._C.tile_plan: dtype '" + dtype + "' is not float32, bfloat16, float16 or float64");
+  if (B < 0 || H < 0 || Hk < 1 || Nq < 0 || Nk < 0) throw py::value_error("fastpe._C.tile_plan: sizes must not be negative and Hk at least 1");
+  const std::string isa = cpu::current_isa();
+  const bool bf16_dot = dtype == "bfloat16" && isa == "avx512bf16";
+  const int64_t bq = tiles::kBlockQ, bk = tiles::block_k(bf16_dot);
+  const int64_t query_blocks = tiles::ceil_div(Nq, bq), key_tiles = tiles::ceil_div(Nk, bk);
+  const pos::Band band{left, right, sinks};
+  int64_t visited = 0;
+  for (int64_t i = 0; i < Nq; i += bq)
+    for (int64_t j = 0; j < Nk; j += bk) {
+      const int64_t I0 = i + Nk - Nq, I1 = I0 + (Nq - i < bq ? Nq - i : bq);
+      const pos::Range r = pos::keys_in_tile(band, I0, I1, j, j + bk < Nk ? j + bk : Nk);
+      visited += r.lo < r.hi;
+    }
+  py::dict d;
+  d["isa"] = isa;
+  d["product"] = dtype == "float64" ? "float64" : bf16_dot ? "bfloat16 pairs" : "float32";
+  d["block_q"] = bq;
+  d["block_k"] = bk;
+  d["visited"] = B * H * visited;
+  d["hidden"] = B * H * (query_blocks * key_tiles - visited);
+  d["backward_splits"] = tiles::backward_splits(B * Hk, query_blocks);
+  return d;
+}
+
 BiasForm form_of(const std::string& name) {
 #define FASTPE_BIAS_FORM(form, id, text) \
   if (name == #form) return BiasForm(id);
@@ -101,6 +128,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts, instruction set, tile counters and position functions of fastpe. Internal: use fastpe.info().";
 
   m.def("build_info", &build_info, "What was compiled in, as a dict.");
+  m.def(
+      "peak_gflops",
+      [](const std::string& dtype) {
+        if (dtype != "fp32" && dtype != "bf16" && dtype != "fp64")
+          throw py::value_error("fastpe._C.peak_gflops: dtype must be fp32, bf16 or fp64, got " + dtype);
+        return cpu::kernels().peak_gflops(dtype == "fp32" ? DType::f32 : dtype == "bf16" ? DType::bf16 : DType::f64);
+      },
+      "One core's multiply-add rate in GFLOP/s in the arithmetic the given type is computed in.", py::arg("dtype"));
   m.def("available_isas", &cpu::available_isas, "Instruction sets built in and present in this processor, the best first.");
   m.def("current_isa", &cpu::current_isa, "The instruction set in use.");
   m.def("set_isa", &cpu::set_isa, py::arg("name"), "Use another instruction set from now on. ValueError names the available ones.");
@@ -108,6 +143,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_tile_stats", &cpu::set_tile_stats, py::arg("on"), "Switch the tile counters of attention calls on or off.");
   m.def("tile_stats", &tile_stats, "Tiles visited, hidden (no visible pair) and decayed (skipped under skip_eps) since the last reset; tile sizes of the last call.");
   m.def("reset_tile_stats", &cpu::reset_tile_stats, "Set the tile counters to zero.");
+
+  m.def("tile_plan", &tile_plan, py::arg("B"), py::arg("H"), py::arg("Hk"), py::arg("Nq"), py::arg("Nk"), py::arg("dtype") = "float32", py::arg("left") = 0,
+        py::arg("right") = 0, py::arg("sinks") = 0,
+        "Kernel, tile sizes and the numbers of tiles that indices make visible or hidden in a forward call; the parts a backward call is cut into.");
 
   m.def("scratch_use", &scratch_use, "Bytes of scratch memory kept for the next call and lent to running ones.");
   m.def("scratch_trim", &cpu::scratch_trim, "Give the kept scratch memory back.");
