@@ -56,7 +56,7 @@ def number(where: str, what: str, x: object, *, positive: bool = False) -> float
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{where}: {what} must be a number, got {type(x).__name__}")
     x = float(x)
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:  # math.isfinite does not trace
         raise ValueError(f"{where}: {what} must be finite, got {x}")
     if positive and x <= 0:
         raise ValueError(f"{where}: {what} must be positive, got {x:g}")

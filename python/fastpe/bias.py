@@ -210,7 +210,7 @@ class RelativeFn(Bias):
 
 def _anchor(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values (..., N) as local + base[n // 128], so that neighbours keep their exact difference in float32."""
-    base = x.detach()[..., ::BLOCK].double()
+    base = x.detach()[..., ::BLOCK].double().contiguous()
     block = torch.arange(x.shape[-1], device=x.device) // BLOCK
     return (x.double() - base.index_select(-1, block)).to(dtype), base
 

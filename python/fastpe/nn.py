@@ -173,10 +173,10 @@ class SandwichBias(torch.nn.Module):
 
 
 def _project(x: Tensor, layer: torch.nn.Linear) -> Tensor:
-    """layer(x) in float32 (float64 stays) with autocast off, (B, N, d) -> (B, H, N)."""
+    """layer(x) in float32 (float64 stays) with autocast off, (B, N, d) -> (B, H, N) in the memory order sums want."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(wide), layer.weight.to(wide), layer.bias.to(wide)).transpose(1, 2)
+        return F.linear(x.to(wide), layer.weight.to(wide), layer.bias.to(wide)).transpose(1, 2).contiguous()
 
 
 def _check_hidden(where: str, x: Tensor, d_model: int) -> None:

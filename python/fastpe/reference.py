@@ -51,6 +51,20 @@ def attention(
     """
     if region is not None:
         raise NotImplementedError("fastpe.reference.attention: region is not supported")
+    parts = dense_parts(
+        query.double(), key.double(), rope=rope, bias=bias, mask=mask, positions=positions, key_positions=key_positions,
+        scale=scale, head_scale=head_scale, row_scale=row_scale, temperature=temperature, is_causal=is_causal,
+    )  # fmt: skip
+    query, key, factor, b, visible, tau = parts
+    sink = None if sink is None else sink.double()
+    return softmax_attention(
+        query, key, value.double(), factor, b, visible, softcap=softcap, temperature=tau, sink=sink, return_lse=return_lse
+    )
+
+
+def dense_parts(query, key, *, rope, bias, mask, positions, key_positions, scale, head_scale, row_scale, temperature, is_causal):
+    """The arguments of a call as dense float64 arrays: rotated query and key, the factor of the products, bias,
+    visibility and temperature, as `softmax_attention` takes them."""
     (B, H, Nq, D), Nk = query.shape, key.shape[2]
     if scale is None:
         scale = D**-0.5
@@ -58,8 +72,8 @@ def attention(
     call = Call(B, H, Nq, Nk, causal, torch.float64, query.device)
     if rope is not None:
         q_table, k_table = rope.materialize_tables(positions, key_positions, Nq, Nk, B, H, key.shape[1], query.device)
-        query = rotate(query.double(), q_table[0], q_table[1], rope.layout, False)
-        key = rotate(key.double(), k_table[0], k_table[1], rope.layout, False)
+        query = rotate(query, q_table[0], q_table[1], rope.layout, False)
+        key = rotate(key, k_table[0], k_table[1], rope.layout, False)
 
     visible = call.distance() >= 0 if is_causal else torch.ones(Nq, Nk, dtype=torch.bool, device=query.device)
     visible = visible[None, None]
@@ -71,18 +85,8 @@ def attention(
     if row_scale is not None:
         rho = rho * row_scale.double().reshape(*(1,) * (3 - row_scale.dim()), *row_scale.shape)
     tau = None if temperature is None else _heads(temperature, query)[..., None, None]
-    return softmax_attention(
-        query.double(),
-        key.double(),
-        value.double(),
-        scale * rho[..., None],
-        None if bias is None else bias.materialize(call),
-        visible,
-        softcap=softcap,
-        temperature=tau,
-        sink=None if sink is None else sink.double(),
-        return_lse=return_lse,
-    )
+    b = None if bias is None else bias.materialize(call)
+    return query, key, scale * rho[..., None], b, visible, tau
 
 
 def _heads(x: Tensor | float, like: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ def close_half(
 ) -> None:
     """Asserts that the error is at most twice that of plain torch in the same dtype, plus 1e-5.
 
-    With `dtype`, torch's own error counts as at least one rounding to it: a parameter's gradient is one float32 sum, and
-    how well the rounding errors of torch happen to cancel in it says nothing.
+    With `dtype`, torch's own error counts as at least one rounding to it: where few numbers are summed, how well the
+    rounding errors of torch happen to cancel says nothing.
     """
     e, own = error(got, want, floor=floor), error(torch_result, want, floor=floor)
     if dtype is not None:
