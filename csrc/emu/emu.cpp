@@ -1,0 +1,740 @@
+#include "emu.h"
+
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#if !defined(__x86_64__)
+#error "the emulator switches stacks by hand and knows x86-64 only"
+#endif
+
+// Saves the callee-saved registers on this stack and goes on with another one.
+extern "C" void fastpe_emu_switch(void** save, void* load);
+asm(R"(
+.text
+.globl fastpe_emu_switch
+.hidden fastpe_emu_switch
+.type fastpe_emu_switch, @function
+fastpe_emu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fastpe_emu_switch, .-fastpe_emu_switch
+)");
+
+namespace fastpe::emu {
+namespace {
+
+constexpr uint32_t kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32, kBarriers = 16;
+constexpr size_t kStack = 256 << 10, kPage = 4096;
+
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+std::string format(const char* text, ...) {
+  char buf[1024];
+  va_list a;
+  va_start(a, text);
+  vsnprintf(buf, sizeof(buf), text, a);
+  va_end(a);
+  return buf;
+}
+
+const char* base_name(const char* path) {
+  const char* s = path ? std::strrchr(path, '/') : nullptr;
+  return s ? s + 1 : path ? path : "?";
+}
+std::string at(Site s) { return format("%s:%d", base_name(s.file), s.line); }
+bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
+
+// ---- shared-memory accesses in order -------------------------------------------------------------------------------
+
+// Vector clock: what each warp is known to have done.
+struct Clock {
+  uint32_t t[kMaxWarps] = {};
+  void join(const Clock& o, uint32_t n) {
+    for (uint32_t i = 0; i < n; ++i) t[i] = std::max(t[i], o.t[i]);
+  }
+};
+
+constexpr uint8_t kNobody = 0xFF, kManyLanes = 0xFE;
+
+struct Access {
+  Site site{nullptr, 0};
+  uint32_t clock = 0, epoch = 0;
+  uint8_t lane = kNobody;
+  uint8_t warp = 0;
+  bool in_flight = false;
+};
+
+// The last write and each warp's last read of one 4-byte cell.
+class Shadow {
+ public:
+  void start(uint32_t bytes, uint32_t warps) {
+    const size_t cells = (bytes + 3) / 4;
+    if (warps != warps_ || cells > stamp_.size()) {
+      warps_ = warps;
+      stamp_.assign(cells, 0);
+      access_.assign(cells * (warps + 1), Access{});
+      now_ = 0;
+    }
+    ++now_;
+  }
+  // Access number 0 of a cell is its last write, 1 + w the last read of warp w.
+  Access* cell(uint32_t c) {
+    Access* a = access_.data() + size_t(c) * (warps_ + 1);
+    if (stamp_[c] != now_) {
+      stamp_[c] = now_;
+      for (uint32_t i = 0; i <= warps_; ++i) a[i].lane = kNobody, a[i].in_flight = false;
+    }
+    return a;
+  }
+
+ private:
+  uint32_t warps_ = 0, now_ = 0;
+  std::vector<uint32_t> stamp_;
+  std::vector<Access> access_;
+};
+
+// ---- threads, warps, barriers ----------------------------------------------------------------------------------------
+
+enum class State : uint8_t { ready, collective, barrier, done };
+
+struct Copy {
+  uint32_t dst;
+  const void* src;
+  uint32_t bytes;
+  Site site;
+  bool landed;
+};
+
+struct Engine;
+
+struct Fiber {
+  Thread info;
+  void* sp = nullptr;
+  char* stack = nullptr;
+  State state = State::done;
+  Site where{nullptr, 0};
+  bool predicate = false;
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+};
+
+struct Warp {
+  const WarpOp* op = nullptr;
+  Site site{nullptr, 0};
+  uint32_t mask = 0, arrived = 0, at_barrier = 0;
+  uint32_t barrier_id = 0;
+  uint64_t immediate = 0;
+  void* record[32];
+  Clock clock;
+  uint32_t epoch = 0;
+};
+
+struct Barrier {
+  uint32_t count = 0, arrived = 0;
+  bool all = true, any = false;
+  Reduce reduce = Reduce::none;
+  Clock clock;
+  Site first{nullptr, 0};
+  std::vector<uint16_t> waiting;
+};
+
+thread_local Fiber* t_fiber = nullptr;
+thread_local Engine* t_engine = nullptr;
+
+struct Random {
+  uint64_t s;
+  uint64_t operator()() {  // splitmix64
+    uint64_t z = (s += 0x9E3779B97F4A7C15ull);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+  }
+};
+
+void fiber_main();
+
+struct Engine {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers];
+  std::vector<uint16_t> ready;  // a ring for fifo, a list otherwise
+  size_t head = 0, ready_count = 0;
+  std::vector<uint8_t> memory;
+  uint32_t shared_bytes = 0, threads = 0;
+  Shadow shadow;
+  Options opt;
+  Random random{1};
+  Counters counters;
+  uint32_t last_warp = 0;
+  const char* kernel = "";
+  void (*fn)(const void*) = nullptr;
+  const void* args = nullptr;
+  void* scheduler_sp = nullptr;
+  bool failed = false;
+  std::string error;
+
+  Engine() { ready.resize(kMaxThreads); }
+  ~Engine() {
+    for (Fiber& f : fibers)
+      if (f.stack) munmap(f.stack, kStack + kPage);
+  }
+
+  void push(uint32_t tid) {
+    fibers[tid].state = State::ready;
+    if (opt.schedule == Schedule::fifo) ready[(head + ready_count) % kMaxThreads] = uint16_t(tid);
+    else ready[ready_count] = uint16_t(tid);
+    ++ready_count;
+  }
+  uint32_t pop() {
+    if (opt.schedule == Schedule::fifo) {
+      const uint32_t t = ready[head];
+      head = (head + 1) % kMaxThreads;
+      --ready_count;
+      return t;
+    }
+    size_t i = ready_count - 1;
+    if (opt.schedule == Schedule::random) i = random() % ready_count;
+    if (opt.schedule == Schedule::greedy) {
+      i = 0;
+      for (size_t x = 0; x < ready_count; ++x)
+        if (ready[x] / 32 == last_warp) { i = x; break; }
+    }
+    const uint32_t t = ready[i];
+    std::copy(ready.begin() + i + 1, ready.begin() + ready_count, ready.begin() + i);
+    --ready_count;
+    last_warp = t / 32;
+    return t;
+  }
+
+  // Back to the scheduler; returns when this thread is chosen again.
+  void yield(Fiber& f) { fastpe_emu_switch(&f.sp, scheduler_sp); }
+  void pause_if_not_fifo(Fiber& f) {
+    if (opt.schedule == Schedule::fifo) return;
+    push(f.info.tid);
+    yield(f);
+  }
+
+  void prepare(Fiber& f) {
+    if (!f.stack) {
+      void* m = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+      if (m == MAP_FAILED) throw std::runtime_error("fastpe.emu: no memory for thread stacks");
+      f.stack = static_cast<char*>(m);
+      mprotect(f.stack, kPage, PROT_NONE);
+    }
+    // Staggered, or the frames of all threads fall into the same cache sets.
+    char* top = f.stack + kPage + kStack - (f.info.tid % 64) * 64;
+    void** sp = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t(15));
+    *--sp = nullptr;  // what fiber_main would return to; also gives the alignment a call gives
+    *--sp = reinterpret_cast<void*>(&fiber_main);
+    for (int i = 0; i < 6; ++i) *--sp = nullptr;
+    f.sp = sp;
+  }
+
+  std::string name(const Fiber& f) const {
+    return format("%s: block (%u,%u,%u) thread %u (warp %u lane %u)", kernel, f.info.block.x, f.info.block.y, f.info.block.z, f.info.tid, f.info.warp, f.info.lane);
+  }
+
+  void deadlock() {
+    std::map<std::string, std::vector<uint32_t>> groups;
+    for (uint32_t t = 0; t < threads; ++t) {
+      const Fiber& f = fibers[t];
+      std::string what;
+      if (f.state == State::done) what = "has ended";
+      else if (f.state == State::barrier) what = "waits at the barrier at " + at(f.where);
+      else what = std::string("waits in ") + (warps[t / 32].op ? warps[t / 32].op->name : "a collective") + " at " + at(f.where);
+      groups[what].push_back(t);
+    }
+    error = format("%s: block (%u,%u,%u): deadlock:", kernel, fibers[0].info.block.x, fibers[0].info.block.y, fibers[0].info.block.z);
+    for (const auto& [what, list] : groups) {
+      error += " threads";
+      for (size_t i = 0; i < list.size();) {
+        size_t e = i;
+        while (e + 1 < list.size() && list[e + 1] == list[e] + 1) ++e;
+        error += e > i ? format(" %u-%u", list[i], list[e]) : format(" %u", list[i]);
+        i = e + 1;
+      }
+      error += " " + what + ";";
+    }
+    failed = true;
+  }
+
+  void block(Dim3 index, Dim3 grid) {
+    head = ready_count = 0;
+    last_warp = 0;
+    failed = false;
+    memory.assign(shared_bytes, 0xFF);
+    shadow.start(shared_bytes, uint32_t(warps.size()));
+    for (Warp& w : warps) {
+      w.op = nullptr;
+      w.arrived = w.at_barrier = 0;
+      w.epoch = 0;
+      w.clock = Clock{};
+    }
+    for (uint32_t i = 0; i < warps.size(); ++i) warps[i].clock.t[i] = 1;
+    for (Barrier& b : barriers) {
+      b.count = b.arrived = 0;
+      b.waiting.clear();
+    }
+    random.s = opt.seed + 1000003ull * (index.x + uint64_t(grid.x) * (index.y + uint64_t(grid.y) * index.z));
+    for (uint32_t t = 0; t < threads; ++t) {
+      Fiber& f = fibers[t];
+      f.info = {t, t % 32, t / 32, index, grid, threads};
+      f.open.clear();
+      f.groups.clear();
+      f.where = {nullptr, 0};
+      prepare(f);
+      push(t);
+    }
+    uint32_t left = threads;
+    while (left > 0 && !failed) {
+      if (ready_count == 0) {
+        deadlock();
+        break;
+      }
+      Fiber& f = fibers[pop()];
+      t_fiber = &f;
+      fastpe_emu_switch(&scheduler_sp, f.sp);
+      t_fiber = nullptr;
+      if (f.state == State::done) --left;
+    }
+    ++counters.blocks;
+    if (failed) throw std::runtime_error("fastpe.emu: " + error);
+    for (uint32_t i = 0; i < kBarriers; ++i)
+      if (barriers[i].arrived)
+        throw std::runtime_error(format("fastpe.emu: %s: block (%u,%u,%u): %u threads arrived at barrier %u, first at %s, and nobody waited for them", kernel, index.x, index.y, index.z, barriers[i].arrived, i, at(barriers[i].first).c_str()));
+  }
+
+  // ---- order of shared accesses --------------------------------------------------------------------------------------
+
+  void check_range(uint32_t addr, uint32_t bytes, Site site) {
+    if (addr % bytes) fail(format("shared address %u is not aligned to %u bytes", addr, bytes), site);
+    if (addr > shared_bytes || bytes > shared_bytes - addr) fail(format("shared address %u + %u is outside the block's %u bytes", addr, bytes, shared_bytes), site);
+  }
+
+  bool ordered(const Access& a, uint32_t warp, uint8_t lane) const {
+    if (a.lane == kNobody) return true;
+    if (a.warp != warp) return warps[warp].clock.t[a.warp] >= a.clock;
+    return a.lane == lane || a.epoch != warps[warp].epoch;
+  }
+  [[noreturn]] void race(const char* now, const char* before, const Access& a, uint32_t addr, Site site) {
+    fail(format("race on shared byte %u: this %s is not ordered after the %s of warp %u lane %s at %s", addr, now, before, a.warp, a.lane == kManyLanes ? "several" : std::to_string(a.lane).c_str(), at(a.site).c_str()), site);
+  }
+
+  void note_read(uint32_t warp, uint8_t lane, uint32_t addr, uint32_t bytes, Site site) {
+    const Warp& w = warps[warp];
+    for (uint32_t c = addr / 4; c < (addr + bytes + 3) / 4; ++c) {
+      Access* a = shadow.cell(c);
+      if (a[0].in_flight) fail(format("shared byte %u is read before the cp.async issued at %s has been waited for", c * 4, at(a[0].site).c_str()), site);
+      if (!ordered(a[0], warp, lane)) race("read", "write", a[0], c * 4, site);
+      Access& r = a[1 + warp];
+      const bool mixed = r.lane != kNobody && r.lane != lane && r.epoch == w.epoch && r.clock == w.clock.t[warp];
+      r = {site, w.clock.t[warp], w.epoch, mixed ? kManyLanes : lane, uint8_t(warp), false};
+    }
+  }
+  // landing: the second half of a cp.async, which its own issue does not conflict with.
+  void note_write(uint32_t warp, uint8_t lane, uint32_t addr, uint32_t bytes, Site site, bool in_flight, bool landing) {
+    const Warp& w = warps[warp];
+    for (uint32_t c = addr / 4; c < (addr + bytes + 3) / 4; ++c) {
+      Access* a = shadow.cell(c);
+      if (a[0].in_flight && !(landing && a[0].warp == warp && a[0].lane == lane))
+        fail(format("shared byte %u is written while the cp.async issued at %s is under way", c * 4, at(a[0].site).c_str()), site);
+      if (!ordered(a[0], warp, lane)) race("write", "write", a[0], c * 4, site);
+      for (uint32_t i = 0; i < warps.size(); ++i) {
+        if (!ordered(a[1 + i], warp, lane)) race("write", "read", a[1 + i], c * 4, site);
+        a[1 + i].lane = kNobody;
+      }
+      a[0] = {site, w.clock.t[warp], w.epoch, lane, uint8_t(warp), in_flight};
+    }
+  }
+
+  void land(Fiber& f, Copy& c, Site wait) {
+    if (c.landed) return;
+    note_write(f.info.warp, uint8_t(f.info.lane), c.dst, 16, c.site, false, true);
+    f.where = wait;
+    uint8_t buf[16] = {};
+    std::memcpy(buf, c.src, c.bytes);
+    std::memcpy(memory.data() + c.dst, buf, 16);
+    c.landed = true;
+  }
+};
+
+void fiber_main() {
+  Engine* e = t_engine;
+  e->fn(e->args);
+  Fiber& f = *t_fiber;
+  for (const auto& g : f.groups)
+    if (!g.empty()) fail("the thread ended without waiting for its cp.async", g.front().site);
+  if (!f.open.empty()) fail("the thread ended with a cp.async that was never committed", f.open.front().site);
+  f.state = State::done;
+  e->yield(f);
+  __builtin_unreachable();
+}
+
+// ---- faults inside kernels ---------------------------------------------------------------------------------------------
+
+thread_local uintptr_t t_fault = 0;
+struct sigaction g_before;
+
+void after_fault() {
+  Fiber& f = *t_fiber;
+  fail(format("access to address 0x%zx, which is outside every tensor (last operation before it at %s)", size_t(t_fault), f.where.file ? at(f.where).c_str() : "the start"), f.where);
+}
+void on_fault(int sig, siginfo_t* info, void* context) {
+  if (!t_fiber) {
+    sigaction(sig, &g_before, nullptr);
+    return;
+  }
+  // Go on in after_fault, on the thread's own stack, below everything the interrupted code may still hold.
+  t_fault = reinterpret_cast<uintptr_t>(info->si_addr);
+  auto* u = static_cast<ucontext_t*>(context);
+  uintptr_t sp = uintptr_t(u->uc_mcontext.gregs[REG_RSP]);
+  sp = ((sp - 1024) & ~uintptr_t(15)) - 8;
+  u->uc_mcontext.gregs[REG_RSP] = greg_t(sp);
+  u->uc_mcontext.gregs[REG_RIP] = greg_t(reinterpret_cast<uintptr_t>(&after_fault));
+}
+
+// While a launch runs, faults of kernels become errors; before and after, the process handles them as it did.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    std::lock_guard<std::mutex> g(lock());
+    if (users()++ > 0) return;
+    struct sigaction a = {};
+    a.sa_sigaction = on_fault;
+    a.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+    sigaction(SIGSEGV, &a, &g_before);
+  }
+  ~FaultHandler() {
+    std::lock_guard<std::mutex> g(lock());
+    if (--users() == 0) sigaction(SIGSEGV, &g_before, nullptr);
+  }
+
+ private:
+  static std::mutex& lock() {
+    static std::mutex m;
+    return m;
+  }
+  static int& users() {
+    static int n = 0;
+    return n;
+  }
+};
+
+// Engines are kept: their stacks are the expensive part.
+std::mutex g_pool_lock;
+std::vector<std::unique_ptr<Engine>> g_pool;
+Counters g_counters;
+
+std::unique_ptr<Engine> take_engine() {
+  std::lock_guard<std::mutex> g(g_pool_lock);
+  if (g_pool.empty()) return std::make_unique<Engine>();
+  auto e = std::move(g_pool.back());
+  g_pool.pop_back();
+  return e;
+}
+void give_engine(std::unique_ptr<Engine> e) {
+  std::lock_guard<std::mutex> g(g_pool_lock);
+  Counters& c = e->counters;
+  g_counters.blocks += c.blocks, g_counters.mma += c.mma, g_counters.ldmatrix += c.ldmatrix, g_counters.cp_async += c.cp_async;
+  g_counters.barriers += c.barriers, g_counters.extra_wavefronts += c.extra_wavefronts;
+  c = Counters{};
+  g_pool.push_back(std::move(e));
+}
+
+}  // namespace
+
+Options& options() {
+  static Options o;
+  return o;
+}
+
+Counters read_counters(bool reset) {
+  std::lock_guard<std::mutex> g(g_pool_lock);
+  const Counters c = g_counters;
+  if (reset) g_counters = Counters{};
+  return c;
+}
+
+void run_grid(const char* kernel, Dim3 grid, uint32_t threads, uint32_t shared_bytes, void (*fn)(const void*), const void* args) {
+  const auto refuse = [&](const char* why) { throw std::runtime_error(std::string("fastpe.emu: ") + kernel + ": " + why); };
+  if (threads == 0 || threads > kMaxThreads || threads % 32) refuse("a block has 32 to 1024 threads in whole warps");
+  if (shared_bytes > 227 * 1024) refuse("more shared memory than a block can have (227 KiB)");
+  if (grid.y > 65535 || grid.z > 65535) refuse("the grid is larger than 65535 along y or z");
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  if (blocks == 0) refuse("the grid is empty");
+  FaultHandler faults;
+  std::atomic<uint64_t> next{0};
+  std::atomic<bool> stop{false};
+  std::mutex error_lock;
+  std::string error;
+  const auto work = [&] {
+    std::unique_ptr<Engine> e = take_engine();
+    e->opt = options();
+    e->kernel = kernel;
+    e->fn = fn;
+    e->args = args;
+    e->threads = threads;
+    e->shared_bytes = shared_bytes;
+    if (e->fibers.size() < threads) e->fibers.resize(threads);
+    e->warps.resize(threads / 32);
+    Engine* before = t_engine;
+    t_engine = e.get();
+    try {
+      for (uint64_t b; !stop.load() && (b = next.fetch_add(1)) < blocks;)
+        e->block({uint32_t(b % grid.x), uint32_t(b / grid.x % grid.y), uint32_t(b / grid.x / grid.y)}, grid);
+    } catch (const std::exception& x) {
+      std::lock_guard<std::mutex> g(error_lock);
+      if (error.empty()) error = x.what();
+      stop = true;
+    }
+    t_engine = before;
+    give_engine(std::move(e));
+  };
+  const int workers = int(std::min<uint64_t>(uint64_t(std::max(1, options().workers)), blocks));
+  std::vector<std::thread> others;
+  for (int i = 1; i < workers; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& t : others) t.join();
+  if (stop) throw std::runtime_error(error);
+}
+
+// ---- for the thread that is running -----------------------------------------------------------------------------------
+
+const Thread& self() { return t_fiber->info; }
+Counters& count() { return t_engine->counters; }
+
+void fail(const std::string& what, Site site) {
+  Engine& e = *t_engine;
+  Fiber& f = *t_fiber;
+  e.error = e.name(f) + " at " + at(site) + ": " + what;
+  e.failed = true;
+  e.yield(f);
+  __builtin_unreachable();
+}
+
+void read_shared_as(uint32_t lane, uint32_t addr, void* to, uint32_t bytes, Site site) {
+  Engine& e = *t_engine;
+  e.check_range(addr, bytes, site);
+  e.note_read(t_fiber->info.warp, uint8_t(lane), addr, bytes, site);
+  std::memcpy(to, e.memory.data() + addr, bytes);
+}
+void read_shared(uint32_t addr, void* to, uint32_t bytes, Site site) {
+  t_fiber->where = site;
+  read_shared_as(t_fiber->info.lane, addr, to, bytes, site);
+}
+void write_shared(uint32_t addr, const void* from, uint32_t bytes, Site site) {
+  Engine& e = *t_engine;
+  t_fiber->where = site;
+  e.check_range(addr, bytes, site);
+  e.note_write(t_fiber->info.warp, uint8_t(t_fiber->info.lane), addr, bytes, site, false, false);
+  std::memcpy(e.memory.data() + addr, from, bytes);
+}
+
+void warp_op(const WarpOp& op, uint32_t mask, uint64_t immediate, void* record, Site site) {
+  Engine& e = *t_engine;
+  Fiber& f = *t_fiber;
+  Warp& w = e.warps[f.info.warp];
+  f.where = site;
+  const uint32_t bit = 1u << f.info.lane;
+  if (!(mask & bit)) fail(format("%s with mask 0x%08x, which leaves out the lane itself", op.name, mask), site);
+  if (op.full_mask && mask != 0xFFFFFFFFu) fail(format("%s needs the whole warp, mask is 0x%08x", op.name, mask), site);
+  if (w.arrived == 0) {
+    w.op = &op;
+    w.site = site;
+    w.mask = mask;
+    w.immediate = immediate;
+  } else if (w.op != &op || !same(w.site, site)) {
+    fail(format("diverged: %s, while lanes 0x%08x of the warp are in %s at %s", op.name, w.arrived, w.op->name, at(w.site).c_str()), site);
+  } else if (w.mask != mask || w.immediate != immediate) {
+    fail(format("lanes of a warp disagree on the mask or on an immediate of %s (mask 0x%08x against 0x%08x)", op.name, mask, w.mask), site);
+  }
+  if (w.at_barrier) fail(format("diverged: %s, while lanes 0x%08x of the warp wait at a barrier", op.name, w.at_barrier), site);
+  w.record[f.info.lane] = record;
+  w.arrived |= bit;
+  if (w.arrived != mask) {
+    f.state = State::collective;
+    e.yield(f);
+    return;
+  }
+  if (op.compute) op.compute(w.record, mask, site);
+  w.arrived = 0;
+  for (uint32_t l = 0; l < 32; ++l)
+    if ((mask >> l & 1) && l != f.info.lane) e.push(f.info.warp * 32 + l);
+  e.pause_if_not_fifo(f);
+}
+
+void sync_warp(uint32_t mask, Site site) {
+  static const WarpOp op{"bar.warp.sync", false, [](void* const*, uint32_t, Site) { ++t_engine->warps[t_fiber->info.warp].epoch; }};
+  warp_op(op, mask, 0, nullptr, site);
+}
+
+namespace {
+
+Barrier& join_barrier(uint32_t id, uint32_t count, Site site) {
+  Engine& e = *t_engine;
+  Fiber& f = *t_fiber;
+  Warp& w = e.warps[f.info.warp];
+  f.where = site;
+  if (id >= kBarriers) fail(format("barrier %u does not exist", id), site);
+  if (count == 0 || count % 32 || count > e.threads) fail(format("a barrier of %u threads in a block of %u", count, e.threads), site);
+  if (w.arrived) fail(format("diverged: a barrier, while lanes 0x%08x of the warp are in %s at %s", w.arrived, w.op->name, at(w.site).c_str()), site);
+  if (w.at_barrier && (w.barrier_id != id || !same(w.site, site))) fail(format("diverged: barrier %u, while lanes 0x%08x of the warp wait at barrier %u at %s", id, w.at_barrier, w.barrier_id, at(w.site).c_str()), site);
+  w.site = site;
+  w.barrier_id = id;
+  w.at_barrier |= 1u << f.info.lane;
+  Barrier& b = e.barriers[id];
+  if (b.arrived == 0) {
+    b.count = count;
+    b.first = site;
+    b.all = true;
+    b.any = false;
+    b.clock = Clock{};
+  } else if (b.count != count) {
+    fail(format("barrier %u of %u threads, others came with %u at %s", id, count, b.count, at(b.first).c_str()), site);
+  }
+  ++b.arrived;
+  // A warp releases what it did before as a whole, with its last lane.
+  if (w.at_barrier == 0xFFFFFFFFu) {
+    b.clock.join(w.clock, uint32_t(e.warps.size()));
+    ++w.clock.t[f.info.warp];
+    ++w.epoch;
+    w.at_barrier = 0;
+    ++e.counters.barriers;
+  }
+  return b;
+}
+
+void complete(Barrier& b) {
+  Engine& e = *t_engine;
+  const bool all = b.all, any = b.any;
+  const Reduce r = b.reduce;
+  std::vector<uint16_t> waiting;
+  waiting.swap(b.waiting);
+  b.arrived = 0;
+  for (uint16_t t : waiting) {
+    Fiber& o = e.fibers[t];
+    o.predicate = r == Reduce::all ? all : any;
+    e.warps[o.info.warp].clock.join(b.clock, uint32_t(e.warps.size()));
+    if (t != t_fiber->info.tid) e.push(t);
+  }
+}
+
+}  // namespace
+
+bool barrier_sync(uint32_t id, uint32_t count, Reduce reduce, bool predicate, Site site) {
+  Engine& e = *t_engine;
+  Fiber& f = *t_fiber;
+  Barrier& b = join_barrier(id, count, site);
+  b.all = b.all && predicate;
+  b.any = b.any || predicate;
+  b.reduce = reduce;
+  b.waiting.push_back(uint16_t(f.info.tid));
+  if (b.arrived == b.count) {
+    complete(b);
+    e.pause_if_not_fifo(f);
+  } else {
+    f.state = State::barrier;
+    e.yield(f);
+  }
+  return f.predicate;
+}
+
+void barrier_arrive(uint32_t id, uint32_t count, Site site) {
+  // The instruction is of the whole warp and does not block: without the rendezvous a lane could be two barriers ahead.
+  struct Arrival {
+    uint32_t id, count;
+  } r{id, count};
+  static const WarpOp op{"bar.arrive", true, [](void* const* records, uint32_t, Site s) {
+    const Arrival& x = *static_cast<const Arrival*>(records[0]);
+    Warp& w = t_engine->warps[t_fiber->info.warp];
+    w.arrived = 0;
+    Barrier* b = nullptr;
+    const Thread self = t_fiber->info;
+    for (uint32_t l = 0; l < 32; ++l) {
+      t_fiber->info.lane = l;
+      b = &join_barrier(x.id, x.count, s);
+    }
+    t_fiber->info = self;
+    if (b->arrived == b->count) complete(*b);
+  }};
+  warp_op(op, 0xFFFFFFFFu, uint64_t(id) << 32 | count, &r, site);
+}
+
+void cp_async_16(uint32_t dst, const void* src, uint32_t src_bytes, Site site) {
+  Engine& e = *t_engine;
+  Fiber& f = *t_fiber;
+  f.where = site;
+  e.check_range(dst, 16, site);
+  if (src_bytes > 16) fail(format("cp.async of %u source bytes", src_bytes), site);
+  if (reinterpret_cast<uintptr_t>(src) % 16) fail("the global address of a cp.async is not aligned to 16 bytes", site);
+  ++e.counters.cp_async;
+  bool now = e.opt.copies == CopyTiming::early;
+  if (e.opt.copies == CopyTiming::random) now = e.random() & 1;
+  e.note_write(f.info.warp, uint8_t(f.info.lane), dst, 16, site, true, false);
+  Copy c{dst, src, src_bytes, site, false};
+  if (now) {
+    // The data is there, but nothing entitles anyone to read it: the cells stay in flight until the wait.
+    uint8_t buf[16] = {};
+    std::memcpy(buf, src, src_bytes);
+    std::memcpy(e.memory.data() + dst, buf, 16);
+  } else {
+    std::memset(e.memory.data() + dst, 0xFF, 16);
+  }
+  f.open.push_back(c);
+}
+void cp_async_commit(Site site) {
+  t_fiber->where = site;
+  t_fiber->groups.push_back(std::move(t_fiber->open));
+  t_fiber->open.clear();
+}
+void cp_async_wait(uint32_t groups_left, Site site) {
+  Fiber& f = *t_fiber;
+  f.where = site;
+  while (f.groups.size() > groups_left) {
+    for (Copy& c : f.groups.front()) t_engine->land(f, c, site);
+    f.groups.pop_front();
+  }
+}
+
+void* guarded_alloc(size_t bytes) {
+  const size_t body = (bytes + kPage - 1) / kPage * kPage;
+  void* m = mmap(nullptr, body + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (m == MAP_FAILED) throw std::runtime_error("fastpe.emu: no memory");
+  char* p = static_cast<char*>(m);
+  std::memset(p, 0xFF, body);
+  mprotect(p + body, kPage, PROT_NONE);
+  return p + (body - bytes);
+}
+void guarded_free(void* p, size_t bytes) {
+  const size_t body = (bytes + kPage - 1) / kPage * kPage;
+  munmap(static_cast<char*>(p) - (body - bytes), body + kPage);
+}
+
+}  // namespace fastpe::emu

@@ -1,0 +1,109 @@
+// fastpe_emu_tests: the emulator's options and counters, the conformance kernels and the planted mistakes, for Python.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "cuda/conformance.cuh"
+#include "cuda/launch.cuh"
+#include "emu/emu.h"
+#include "planted.h"
+
+namespace py = pybind11;
+using namespace fastpe;
+
+namespace {
+
+// An array that ends where an inaccessible page begins.
+template <class T>
+struct Guarded {
+  size_t n;
+  T* p;
+  explicit Guarded(size_t count) : n(count), p(static_cast<T*>(emu::guarded_alloc(count * sizeof(T)))) {}
+  Guarded(const T* from, size_t count) : Guarded(count) { std::memcpy(p, from, n * sizeof(T)); }
+  Guarded(const Guarded&) = delete;
+  ~Guarded() { emu::guarded_free(p, n * sizeof(T)); }
+};
+
+void set_options(const std::string& schedule, const std::string& copies, uint64_t seed, int workers) {
+  emu::Options o;
+  if (schedule == "fifo") o.schedule = emu::Schedule::fifo;
+  else if (schedule == "reverse") o.schedule = emu::Schedule::reverse;
+  else if (schedule == "random") o.schedule = emu::Schedule::random;
+  else if (schedule == "greedy") o.schedule = emu::Schedule::greedy;
+  else throw py::value_error("schedule must be fifo, reverse, random or greedy, got " + schedule);
+  if (copies == "late") o.copies = emu::CopyTiming::late;
+  else if (copies == "early") o.copies = emu::CopyTiming::early;
+  else if (copies == "random") o.copies = emu::CopyTiming::random;
+  else throw py::value_error("copies must be late, early or random, got " + copies);
+  o.seed = seed;
+  o.workers = workers;
+  emu::options() = o;
+}
+
+py::dict counters(bool reset) {
+  const emu::Counters c = emu::read_counters(reset);
+  py::dict d;
+  d["blocks"] = c.blocks;
+  d["mma"] = c.mma;
+  d["ldmatrix"] = c.ldmatrix;
+  d["cp_async"] = c.cp_async;
+  d["barriers"] = c.barriers;
+  d["extra_wavefronts"] = c.extra_wavefronts;
+  return d;
+}
+
+using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
+
+Words conformance_run(const std::string& name, Words in) {
+  Words result;
+  bool found = false;
+  cuda::conformance::for_each([&](const char* n, auto kernel, uint32_t threads, uint32_t shared, int64_t words_in, int64_t words_out) {
+    if (name != n) return;
+    found = true;
+    if (in.size() != words_in) throw py::value_error(name + " takes " + std::to_string(words_in) + " words");
+    Guarded<uint32_t> a(in.data(), size_t(words_in)), b{size_t(words_out)};
+    cuda::launch(kernel, n, 1, threads, shared, nullptr, cuda::conformance::Args{a.p, b.p});
+    result = Words(words_out);
+    std::memcpy(result.mutable_data(), b.p, size_t(words_out) * 4);
+  });
+  if (!found) throw py::value_error("no conformance kernel " + name);
+  return result;
+}
+
+std::vector<std::string> conformance_names() {
+  std::vector<std::string> names;
+  cuda::conformance::for_each([&](const char* n, auto&&...) { names.push_back(n); });
+  return names;
+}
+
+using Halves = py::array_t<uint16_t, py::array::c_style | py::array::forcecast>;
+
+template <int kBug>
+bool run_planted(int bug, const planted::Args& a) {
+  if (bug == kBug) cuda::launch(&planted::kernel<kBug>, "planted", 1, 64, planted::kSmemBytes, nullptr, a);
+  if constexpr (kBug + 1 < planted::kBugs) return bug == kBug || run_planted<kBug + 1>(bug, a);
+  return bug == kBug;
+}
+
+py::array_t<float> planted_run(int bug, Halves q, Halves k) {
+  const size_t nq = size_t(q.shape(0)), nk = size_t(k.shape(0));
+  Guarded<uint16_t> gq(q.data(), nq * 16), gk(k.data(), nk * 16);
+  Guarded<float> out(nq);
+  if (!run_planted<0>(bug, {gq.p, gk.p, out.p, uint32_t(nq), uint32_t(nk)})) throw py::value_error("no such bug");
+  py::array_t<float> r{py::ssize_t(nq)};
+  std::memcpy(r.mutable_data(), out.p, nq * 4);
+  return r;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(fastpe_emu_tests, m) {
+  m.def("set_options", &set_options, py::arg("schedule") = "fifo", py::arg("copies") = "late", py::arg("seed") = 1, py::arg("workers") = 2);
+  m.def("counters", &counters, py::arg("reset") = true);
+  m.def("conformance", &conformance_run);
+  m.def("conformance_names", &conformance_names);
+  m.def("planted", &planted_run);
+}
