@@ -251,9 +251,8 @@ def _relative(
         if w is None:
             w = call.key_index()[None, None]
         # A common shift leaves u - w as it is and lets float32 hold large positions.
-        shift = w.detach()[..., :1].double()
-        u, w = (u.double() - shift).to(call.dtype), (w.double() - shift).to(call.dtype)
-        u, w = u.contiguous(), w.contiguous()
+        shift = w.detach()[..., :1].double() if call.Nk > 0 else 0.0
+        u, w = ((x.double() - shift).to(call.dtype).contiguous() for x in (u, w))
     if row_weight is not None:
         gamma = call.aux(where, "row_weight", _last_rows(call, where, "row_weight", _tokens(row_weight))).contiguous()
     if params is not None:
