@@ -1,0 +1,98 @@
+"""Modules: initial values as the papers have them, gradients, state."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastpe
+from fastpe import nn
+
+HEADS, WIDTH = 8, 256
+
+
+def test_alibi():
+    fixed, learned = nn.AlibiBias(HEADS), nn.AlibiBias(HEADS, learnable=True)
+    assert list(fixed.parameters()) == [] and fixed.state_dict() == {}
+    assert torch.equal(learned.slopes.detach(), fastpe.bias.alibi_slopes(HEADS))
+
+
+@pytest.mark.parametrize("kind", ["log", "power"])
+def test_kerple(kind):
+    torch.manual_seed(0)
+    m = nn.KerpleBias(4000, kind=kind)
+    assert 0 <= m.p.min() and m.p.max() < 2 and abs(m.p.mean() - 1) < 0.05
+    assert 0 <= m.a.min() and m.a.max() < 1 and abs(m.a.mean() - 0.5) < 0.05
+    with torch.no_grad():
+        m.p[0], m.a[0], m.p[1] = -1.0, -1.0, 5.0
+    b = m()
+    assert b.p[0] == b.a[0] == m.a[0] == torch.tensor(0.01)
+    assert b.p[1] == (2.0 if kind == "power" else 5.0)
+    # The clamp is outside autograd: a clamped parameter still gets its gradient.
+    small = nn.KerpleBias(2, kind=kind)
+    with torch.no_grad():
+        small.a.fill_(-3.0)
+    q = torch.randn(1, 2, 9, 8)
+    fastpe.attention(q, q, q, bias=small(), is_causal=True).square().sum().backward()
+    assert (small.a.grad != 0).all()
+
+
+def test_t5():
+    m = nn.T5Bias(HEADS, std=0.05)
+    assert m.table.shape == (32, HEADS) and abs(m.table.std() - 0.05) < 0.015
+    with pytest.raises(ValueError, match="num_buckets must be even"):
+        nn.T5Bias(HEADS, num_buckets=31)
+
+
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_cable_starts_as_the_paper_says(version):
+    m = nn.CableBias(WIDTH, HEADS, version=version)
+    for layer in (m.increment, m.weight):
+        if layer is not None:
+            assert not layer.bias.any() and abs(layer.weight.std() - 0.02) < 0.002
+    b = m(torch.zeros(1, 10, WIDTH))
+    steps = b.prefix.values().diff(dim=-1)
+    torch.testing.assert_close(steps, torch.full_like(steps, -math.log(2) if version == "v1" else 0.0))
+    if version == "v3":
+        torch.testing.assert_close(b.row_weight, torch.full_like(b.row_weight, math.log(2)))
+
+
+def test_forget():
+    m = nn.ForgetBias(WIDTH, HEADS)
+    assert not m.gate.bias.any() and abs(m.gate.weight.std() - 0.02) < 0.002
+    fixed = nn.ForgetBias(WIDTH, HEADS, decay_times=(4.0, 512.0))
+    gates = torch.nn.functional.logsigmoid(fixed.logit.detach().double())
+    # A head forgets by 1/e in its decay time.
+    torch.testing.assert_close(-1 / gates, torch.logspace(math.log2(4), 9, HEADS, base=2, dtype=torch.float64), rtol=1e-4, atol=0)
+    b = fixed(torch.randn(2, 5, WIDTH))
+    assert b.log_gates.shape == (2, HEADS, 5)
+
+
+def test_left_padding():
+    """Padded on the left or not: real tokens get the same output."""
+    m = nn.ForgetBias(WIDTH, 2)
+    x = torch.randn(1, 20, WIDTH)
+    q = torch.randn(1, 2, 20, 8)
+    start = torch.tensor([6])
+    padded = fastpe.attention(
+        q, q, q, bias=m(x, seq_start=start), mask=fastpe.mask.padding(torch.arange(20) >= start[:, None]), is_causal=True
+    )
+    real = fastpe.attention(q[:, :, 6:], q[:, :, 6:], q[:, :, 6:], bias=m(x[:, 6:]), is_causal=True)
+    torch.testing.assert_close(padded[:, :, 6:], real)
+    assert not padded[:, :, :6].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.CableBias(32, 2), lambda: nn.CableBias(32, 2, version="v1"), lambda: nn.ForgetBias(32, 2)]
+)
+def test_every_parameter_learns(make, dtype):
+    m = make().to(dtype)
+    x = torch.randn(2, 30, 32, dtype=dtype, requires_grad=True)
+    q = torch.randn(2, 2, 30, 8, dtype=dtype)
+    fastpe.attention(q, q, q, bias=m(x), is_causal=True).square().sum().backward()
+    assert x.grad.dtype == dtype and x.grad.any()
+    for name, p in m.named_parameters():
+        assert p.grad is not None and p.grad.any() and torch.isfinite(p.grad).all(), name
