@@ -147,15 +147,31 @@ struct TileBias {
       // Positions are taken relative to the tile's first key: large prefixes cancel before any product (bias.md 5.1).
       w0 = hb.w[j0];
       wbase = hb.base ? hb.base[j0 / kPrefixBlock] : 0;
-      S lo = kInf<S>, hi = -kInf<S>;
-      for (int64_t j = js; j < je; ++j) {
-        const S v = hb.w[j0 + j] - w0;
-        y[j] = v;
-        lo = v < lo ? v : lo;
-        hi = v > hi ? v : hi;
+      // Whole vectors where the tile is whole; the last ones overlap instead of running over.
+      using V = Vec<S>;
+      constexpr int L = V::kLanes;
+      V lo(kInf<S>), hi(-kInf<S>);
+      if (je - js >= L) {
+        for (int64_t j = js; j < je; j += L) {
+          const int64_t x = j + L <= je ? j : je - L;
+          const V v = V::load(hb.w + j0 + x) - V(w0);
+          v.store(y + x);
+          lo = min(v, lo);
+          hi = max(v, hi);
+        }
+      } else {
+        for (int64_t j = js; j < je; ++j) {
+          y[j] = hb.w[j0 + j] - w0;
+          lo = min(V(y[j]), lo);
+          hi = max(V(y[j]), hi);
+        }
       }
-      ymin = lo;
-      ymax = hi;
+      ymin = lo.v[0];
+      ymax = hi.v[0];
+      for (int l = 1; l < L; ++l) {
+        ymin = lo.v[l] < ymin ? lo.v[l] : ymin;
+        ymax = hi.v[l] > ymax ? hi.v[l] : ymax;
+      }
     } else {
       if (hb.u) wbase = 0, w0 = S(j0);
       for (int64_t j = js; j < je; ++j) y[j] = S(j);

@@ -4,6 +4,7 @@
 
 #include "attn_bwd.cpp"
 #include "attn_fwd.cpp"
+#include "peak.cpp"
 #include "prefix.cpp"
 #include "rotate.cpp"
 
@@ -20,4 +21,5 @@ const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA) = {
     fastpe::cpu::FASTPE_ISA::rotate,
     fastpe::cpu::FASTPE_ISA::rope_table,
     fastpe::cpu::FASTPE_ISA::prefix_sum,
+    fastpe::cpu::FASTPE_ISA::peak_gflops,
 };

@@ -12,6 +12,7 @@ struct KernelTable {
   void (*rotate)(const RotateParams*, int count, const Runtime&);      // count tensors in one pass
   void (*rope_table)(const RopeTableParams&, const Runtime&);
   void (*prefix_sum)(const PrefixParams&, const Runtime&);
+  double (*peak_gflops)(DType);  // one core's multiply-add rate in the arithmetic this type is computed in
 };
 
 // The table in use: the best of this processor, or the one named by FASTPE_ISA or set_isa.

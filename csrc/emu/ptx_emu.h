@@ -11,6 +11,7 @@
 
 #define FASTPE_KERNEL(threads, blocks) [[maybe_unused]] static __attribute__((noinline)) void
 #define FASTPE_DEVICE inline
+#define FASTPE_GRID_CONSTANT
 #define FASTPE_UNROLL
 #define FASTPE_NO_UNROLL
 #define FASTPE_CALLER const char *f = __builtin_FILE(), int l = __builtin_LINE()

@@ -1,0 +1,90 @@
+// Tile sizes of the CUDA kernels and the order in which a block of queries walks the key tiles. Host and device.
+#pragma once
+
+#include "../core/params.h"
+#include "../core/tiles.h"
+#include "../pos/bias.h"
+#include "../pos/visible.h"
+
+namespace fastpe::cuda {
+
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.6931471805599453094;
+
+// Channels are padded to one of these inside the tiles.
+constexpr int kHeadDims[] = {64, 96, 128, 256};
+constexpr int head_dim_class(int64_t d) { return d <= 64 ? 64 : d <= 96 ? 96 : d <= 128 ? 128 : 256; }
+
+// Keys of a tile, for every kernel: divides kPrefixBlock, so a tile has one prefix base.
+constexpr int kBlockN = 64;
+static_assert(kPrefixBlock % kBlockN == 0);
+
+// Forward: 4 warps, each with kMt fragments of 16 rows. Two of them halve the shared-memory reads per product; above 64
+// channels the accumulators leave no registers for it.
+template <int kD>
+struct FwdTile {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kMt = kD <= 64 ? 2 : 1;
+  static constexpr int kBlockM = 16 * kWarps * kMt;
+  static constexpr uint32_t kQ = 0, kK = kQ + kBlockM * kD * 2, kV = kK + kBlockN * kD * 2, kTable = kV + kBlockN * kD * 2;
+  static constexpr uint32_t kBytes = kTable + (kBlockM + kBlockN) * 4;
+};
+constexpr int fwd_block_m(int head_dim) { return head_dim <= 64 ? 128 : 64; }
+static_assert(fwd_block_m(64) == FwdTile<64>::kBlockM && fwd_block_m(128) == FwdTile<128>::kBlockM);
+
+// How the kernels treat the bias forms; one instance of a kernel each.
+enum class Kind { none, rel, table, form };
+constexpr Kind kind_of(BiasForm f) {
+  if (f == BiasForm::none) return Kind::none;
+  if (pos::is_table(f)) return Kind::table;
+  return f == BiasForm::linear || f == BiasForm::signed_ ? Kind::rel : Kind::form;
+}
+
+// Key tiles of the rows [I0, I1) in the order of the walk: from the last tile at or before the diagonal back to the first
+// visible one (near to far, so that a decaying bias lets the far ones be skipped), then what lies after the diagonal, then
+// the sinks.
+struct TileWalk {
+  int64_t t, lo, mid, hi, sinks_hi;
+  int phase = 0;
+
+  FASTPE_HD TileWalk(pos::Band band, int64_t I0, int64_t I1, int64_t nk) {
+    const pos::Range w = pos::window_of_rows(band, I0, I1, nk);
+    hi = w.hi > w.lo ? (w.hi + kBlockN - 1) / kBlockN : 0;
+    lo = hi > 0 ? w.lo / kBlockN : 0;
+    mid = I1 <= 0 ? 0 : (I1 - 1) / kBlockN + 1;
+    if (mid > hi) mid = hi;
+    if (mid < lo) mid = lo;
+    sinks_hi = 0;
+    if (band.left > 0 && band.sinks > 0) {
+      sinks_hi = ((band.sinks < nk ? band.sinks : nk) + kBlockN - 1) / kBlockN;
+      if (hi > 0 && sinks_hi > lo) sinks_hi = lo;
+    }
+    t = mid;
+  }
+  // The next tile, -1 after the last one.
+  FASTPE_HD int64_t next() {
+    if (phase == 0) {
+      if (t > lo) return --t;
+      phase = 1;
+      t = mid;
+    }
+    if (phase == 1) {
+      if (t < hi) return t++;
+      phase = 2;
+      t = sinks_hi;
+    }
+    return t > 0 ? --t : -1;
+  }
+};
+
+// What the kernels in front of the forward and backward pass leave in the workspace; null: not made.
+struct Prepared {
+  View k;                     // keys: rotated, dense (B,Hk,Nk,D); or the call's own
+  float* k_norm = nullptr;    // (B*Hk, tiles) largest |k_j| of a tile
+  int32_t* k_span = nullptr;  // (B|1, tiles, 2) smallest and largest key id of a tile
+  float* w_span = nullptr;    // (B|1, H|1, tiles, 2) smallest and largest key position of a tile
+  float* env = nullptr;       // (H|1, L) largest table entry on the far side of an offset
+  int64_t w_sb = 0, w_sh = 0, span_sb = 0, env_sh = 0;
+};
+
+}  // namespace fastpe::cuda
