@@ -25,7 +25,7 @@ def folders() -> list[pathlib.Path]:
     full = pathlib.Path(named) if named else _HERE.parents[2] / "shared" / "golden"
     if named and not full.is_dir():
         raise pytest.UsageError(f"FASTPE_GOLDEN={named} is not a folder")
-    return [_SMALL] + ([full] if full.is_dir() else [])
+    return [_SMALL] + ([full] if full.is_dir() and full.resolve() != _SMALL.resolve() else [])
 
 
 @functools.cache

@@ -94,6 +94,13 @@ def _t5_padded(a, leaf, watch):
     return {"bias": bias.T5(leaf("table"), True, 24), "mask": mask.padding(a["mask"].any(0))}
 
 
+def _sandwich(a, leaf, watch):
+    heads = a["q"].shape[1]
+    # The small set keeps the first of the 8 heads.
+    factors = 8 if heads == 8 else 1 / torch.arange(1, heads + 1, dtype=torch.float64)
+    return {"bias": bias.Sandwich(factors, dim=int(a["d_bar"])), "is_causal": True}
+
+
 def _prefix(watch, terms, name="prefix"):
     c = fastpe.prefix_sum(terms)
     watch(name, c.local)
@@ -210,9 +217,7 @@ CALLS = {
     ("bias_t5", "encoder_temperature"): _t5(True, 32, False),
     ("bias_t5", "encoder_padded"): _t5_padded,
     ("bias_t5", "neox_causal_scaled_table"): _t5(False, 128, True, math.sqrt(16)),
-    ("bias_sandwich", "causal"): lambda a, leaf, watch: _causal(
-        a, bias=bias.Sandwich(a["q"].shape[1], dim=int(a["d_bar"]))
-    ),
+    ("bias_sandwich", "causal"): _sandwich,
     ("bias_cable", "v1_repo_scale1"): _cable(F.softplus, "v1"),
     ("bias_cable", "v3_weighted"): _cable(torch.relu, "v3"),
     ("bias_cable", "v3_weighted_bidirectional"): _cable(torch.relu, "bidirectional"),
