@@ -83,7 +83,6 @@ def run_case(shape: str, dtype: torch.dtype, token_major: bool, layout: int, rou
     table = torch.ops.fastpe.rope_table(positions.view(1, 1, N), inv_freq.view(1, 1, -1), 1.0, False, False)
     angle = positions[:, None] * inv_freq
     full = torch.cat((angle, angle), dim=-1) if layout == 0 else angle.repeat_interleave(2, dim=-1)
-    cos, sin = full.cos().to(dtype)[None], full.sin().to(dtype)[None]
 
     # With the interleaved layout the eager formula stays that of the half layout: the usual code has no faster one.
     half_cos = torch.cat((angle, angle), -1).cos().to(dtype)[None]
@@ -93,7 +92,8 @@ def run_case(shape: str, dtype: torch.dtype, token_major: bool, layout: int, rou
         "fastpe": lambda: torch.ops.fastpe.rotate_pair(q, k, table, table, layout, False),
     }
     if compiled:
-        f = torch.compile(apply_rotary_pos_emb)
+        torch.compiler.reset()  # past its limit of recompilations the compiler would quietly run the eager formula
+        f = torch.compile(apply_rotary_pos_emb, dynamic=False)
         candidates["compiled"] = lambda: f(q, k, half_cos, half_sin)
 
     def exact(x: torch.Tensor) -> torch.Tensor:
