@@ -80,7 +80,7 @@ FASTPE_DEVICE uint32_t pack_f16x2(float lo, float hi) {
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
-struct Quad {
+struct alignas(16) Quad {
   uint32_t x[4];
 };
 

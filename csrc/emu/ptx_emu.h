@@ -66,7 +66,7 @@ inline uint32_t pack_f16x2(float lo, float hi) { return float_to_f16(lo) | uint3
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
-struct Quad {
+struct alignas(16) Quad {
   uint32_t x[4];
 };
 

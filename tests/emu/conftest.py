@@ -1,40 +1,17 @@
-"""Builds the emulated kernels on demand, into build/emu, and loads them."""
+"""Loads the emulator's test module."""
 
 from __future__ import annotations
 
-import pathlib
-import platform
-import shutil
-import subprocess
 import sys
 
+import emulated
 import pytest
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "emu"
-
-
-def build(target: str) -> pathlib.Path:
-    """The folder that holds `target`, built by the project's own CMake files."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the emulator runs on x86-64 only")
-    cmake = shutil.which("cmake", path=str(pathlib.Path(sys.executable).parent)) or shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("no cmake on this machine: the emulated kernels cannot be built")
-    ninja = shutil.which("ninja", path=str(pathlib.Path(cmake).parent)) or shutil.which("ninja")
-    command = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-DFASTPE_EMU=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    if ninja and not (BUILD / "CMakeCache.txt").exists():
-        command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    for step in (command, [cmake, "--build", str(BUILD), "--target", target, "--parallel", "2"]):
-        done = subprocess.run(step, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return BUILD / "emu"
 
 
 @pytest.fixture(scope="session")
 def emu():
     """The module fastpe_emu_tests."""
-    folder = str(build("fastpe_emu_tests"))
+    folder = str(emulated.build("fastpe_emu_tests"))
     if folder not in sys.path:
         sys.path.insert(0, folder)
     import fastpe_emu_tests

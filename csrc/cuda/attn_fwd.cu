@@ -1,0 +1,120 @@
+// Forward attention: what runs before the kernel, and the choice of its instance.
+#include "attn_fwd.h"
+#include "launch.cuh"
+#include "launch.h"
+#include "prepare.cuh"
+
+namespace fastpe::cuda {
+namespace {
+
+// Pieces of the workspace; a null base measures.
+struct Carver {
+  char* base;
+  size_t used = 0;
+  template <class X>
+  X* take(int64_t n) {
+    used = (used + 255) / 256 * 256;
+    X* p = base ? reinterpret_cast<X*>(base + used) : nullptr;
+    used += size_t(n) * sizeof(X);
+    return p;
+  }
+};
+
+bool aligned(const View& v) {
+  return reinterpret_cast<uintptr_t>(v.p) % 16 == 0 && v.sb % 8 == 0 && v.sh % 8 == 0 && v.sn % 8 == 0;
+}
+
+bool may_skip(const AttnParams& p) { return p.skip_eps > 0 && p.bias.form != BiasForm::none && !(p.softcap > 0); }
+
+Prepared carve(const AttnParams& p, Carver& c) {
+  const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
+  Prepared x;
+  x.k = p.k;
+  if (p.k_rope.cos.p) x.k = {c.take<uint16_t>(p.B * p.Hk * p.Nk * p.D), p.Hk * p.Nk * p.D, p.Nk * p.D, p.D};
+  if (p.vis.k_ids) {
+    const int64_t rows = p.vis.k_ids_sb ? p.B : 1;
+    x.k_span = c.take<int32_t>(rows * tiles * 2);
+    x.span_sb = rows > 1 ? tiles * 2 : 0;
+  }
+  if (!may_skip(p)) return x;
+  x.k_norm = c.take<float>(p.B * p.Hk * tiles);
+  if (p.bias.w.p) {
+    const int64_t nb = p.bias.w.sb ? p.B : 1, nh = p.bias.w.sh ? p.H : 1;
+    x.w_span = c.take<float>(nb * nh * tiles * 2);
+    x.w_sb = nb > 1 ? nh * tiles * 2 : 0;
+    x.w_sh = nh > 1 ? tiles * 2 : 0;
+  }
+  if (p.bias.table.p) {
+    const int64_t nh = p.bias.table.sh ? p.H : 1;
+    x.env = c.take<float>(nh * p.bias.table_len);
+    x.env_sh = nh > 1 ? p.bias.table_len : 0;
+  }
+  return x;
+}
+
+int prepare(const AttnParams& p, const Prepared& x, void* stream) {
+  const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
+  const bool rotate = p.k_rope.cos.p != nullptr;
+  int rc = 0;
+  if (rotate || x.k_norm) {
+    const KeysArgs a{p, rotate ? static_cast<uint16_t*>(x.k.p) : nullptr, x.k_norm};
+    const uint32_t blocks = uint32_t(p.B * p.Hk * tiles);
+    if (!rc && p.dtype == DType::bf16) rc = launch(&keys_kernel<Bf16>, "keys", blocks, 128, 16, stream, a);
+    else if (!rc) rc = launch(&keys_kernel<F16>, "keys", blocks, 128, 16, stream, a);
+  }
+  if (x.k_span && !rc) {
+    const int64_t total = (p.vis.k_ids_sb ? p.B : 1) * tiles;
+    const SpanArgs a{p.vis.k_ids, 0, p.vis.k_ids_sb, 1, p.Nk, tiles, total, x.k_span};
+    rc = launch(&span_kernel<int32_t>, "id_span", uint32_t(tiles::ceil_div(total, 4)), 128, 0, stream, a);
+  }
+  if (x.w_span && !rc) {
+    const int64_t nb = p.bias.w.sb ? p.B : 1, nh = p.bias.w.sh ? p.H : 1, total = nb * nh * tiles;
+    const SpanArgs a{p.bias.w.p, p.bias.w.sh, p.bias.w.sb, nh, p.Nk, tiles, total, x.w_span};
+    rc = launch(&span_kernel<float>, "position_span", uint32_t(tiles::ceil_div(total, 4)), 128, 0, stream, a);
+  }
+  if (x.env && !rc) {
+    const EnvelopeArgs a{static_cast<const float*>(p.bias.table.p), p.bias.table.sh, p.bias.table_len, p.bias.form == BiasForm::table, x.env};
+    rc = launch(&envelope_kernel, "envelope", uint32_t(p.bias.table.sh ? p.H : 1), 32, 0, stream, a);
+  }
+  return rc;
+}
+
+template <class T>
+int dispatch(int head_dim, const FwdArgs& a, uint32_t blocks, void* stream) {
+  switch (kind_of(a.p.bias.form)) {
+    case Kind::none: return launch_attn_fwd<T, Kind::none>(head_dim, a, blocks, stream);
+    case Kind::rel: return launch_attn_fwd<T, Kind::rel>(head_dim, a, blocks, stream);
+    case Kind::table: return launch_attn_fwd<T, Kind::table>(head_dim, a, blocks, stream);
+    default: return launch_attn_fwd<T, Kind::form>(head_dim, a, blocks, stream);
+  }
+}
+
+int class_of(const AttnParams& p) { return head_dim_class(p.D > p.Dv ? p.D : p.Dv); }
+
+}  // namespace
+
+int64_t attn_fwd_blocks(const AttnParams& p) { return p.B * p.H * tiles::ceil_div(p.Nq, fwd_block_m(class_of(p))); }
+
+size_t attn_fwd_workspace(const AttnParams& p) {
+  Carver c{nullptr};
+  carve(p, c);
+  return c.used;
+}
+
+int attn_fwd(const AttnParams& p, void* workspace, void* stream, uint32_t* stats) {
+  const int64_t blocks = attn_fwd_blocks(p);
+  if (blocks == 0) return 0;
+  Carver c{static_cast<char*>(workspace)};
+  FwdArgs a;
+  a.p = p;
+  a.pre = carve(p, c);
+  a.skip = may_skip(p) ? float(__builtin_log2(p.skip_eps) - __builtin_log2(double(p.Nk > 1 ? p.Nk : 1))) : -__builtin_inff();
+  a.aligned_q = aligned(p.q);
+  a.aligned_k = aligned(a.pre.k);
+  a.aligned_v = aligned(p.v);
+  a.stats = stats;
+  if (const int rc = prepare(p, a.pre, stream)) return rc;
+  return p.dtype == DType::bf16 ? dispatch<Bf16>(class_of(p), a, uint32_t(blocks), stream) : dispatch<F16>(class_of(p), a, uint32_t(blocks), stream);
+}
+
+}  // namespace fastpe::cuda

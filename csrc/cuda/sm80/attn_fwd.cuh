@@ -1,0 +1,373 @@
+// Forward attention on mma.sync, for sm_80 and newer.
+//
+// Tiles: kBlockM queries x kBlockN keys, kD channels for q, k and v (plan.h); D and Dv below kD are padded with zeros.
+// Work: one block per (batch, head, block of queries). Blocks of the heads that share keys are neighbours, and blocks
+// with later rows, which see more under a causal mask, come first.
+// Shared memory: Q | K | V | table values of the tile, one stage each.
+// A round for one key tile; K of the round is under way when it starts:
+//   wait, barrier              K is there; everyone has finished with V and the table
+//   start V; stage the table
+//   S = Q K^T
+//   wait, barrier              V is there; everyone has finished with K
+//   choose the next tile, start its K
+//   scale, bias, mask, online softmax; O += P V
+// The copies of V run under the first product, those of the next K under the softmax and the second product.
+// Q is rotated between its load and shared memory; keys come rotated from prepare.cuh.
+//
+// The next tile is chosen with the row maxima of the rounds before, which only grow: a tile that cannot matter then
+// cannot matter later (cpu/attn_fwd.cpp states the bound).
+#pragma once
+
+#include "../bias_tile.cuh"
+#include "../plan.h"
+#include "../tile.cuh"
+
+namespace fastpe::cuda {
+
+struct FwdArgs {
+  AttnParams p;
+  Prepared pre;
+  float skip;          // log2 of the probability a skipped key may have; -inf: skip nothing
+  bool aligned_q, aligned_k, aligned_v;
+  uint32_t* stats;     // (blocks, 2) tiles visited and tiles skipped under the bound; may be null
+};
+
+template <class T, int kD, Kind kKind>
+FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTANT FwdArgs a) {
+  using Shape = FwdTile<kD>;
+  constexpr int kMt = Shape::kMt, kRows = 2 * kMt, kBlockM = Shape::kBlockM, kThreads = Shape::kThreads;
+  constexpr int kNt = kBlockN / 8, kDt = kD / 8;
+  const AttnParams& p = a.p;
+  const float kInf = __builtin_inff();
+
+  const int64_t group = p.H / p.Hk, nqb = tiles::ceil_div(p.Nq, kBlockM), per_bk = nqb * group;
+  const int64_t bk = block_index() / per_bk, rest = block_index() % per_bk;
+  const int64_t b = bk / p.Hk, hk = bk % p.Hk, h = hk * group + rest % group, qb = nqb - 1 - rest / group;
+  const int64_t offset = p.Nk - p.Nq, i0 = qb * kBlockM, I0 = i0 + offset;
+  const int rows = int(p.Nq - i0 < kBlockM ? p.Nq - i0 : kBlockM);
+  const int64_t I1 = I0 + rows;
+  const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
+  const int64_t nkt = tiles::ceil_div(p.Nk, kBlockN);
+
+  const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sK = smem + Shape::kK, sV = smem + Shape::kV, sT = smem + Shape::kTable;
+  const uint32_t warp_row = warp_index() * 16 * kMt;
+  const auto local_row = [&](int x) { return warp_row + 16 * (x >> 1) + frag_row(x & 1); };
+  const auto row_of = [&](int x) { return i0 + int64_t(local_row(x)); };
+
+  // ---- Q ------------------------------------------------------------------------------------------------------------
+  const uint16_t* q0 = row_at(p.q, b, h, i0);
+  if (p.q_rope.cos.p) {
+    constexpr uint32_t kChunks = Tile<kD>::kChunks;
+    for (uint32_t item = thread_index(); item < kBlockM * kChunks; item += kThreads) {
+      const uint32_t row = item / kChunks, chunk = item % kChunks;
+      Quad v{};
+      if (int(row) < rows && int64_t(chunk * 8) < p.D)
+        v = load_chunk_rotated<T>(q0 + int64_t(row) * p.q.sn, chunk, aux_at<float>(p.q_rope.cos, b, h, i0 + row), aux_at<float>(p.q_rope.sin, b, h, i0 + row), uint32_t(p.rope_pairs), p.rope_layout);
+      st_shared_v4(sQ + Tile<kD>::at(row, chunk), v);
+    }
+  } else {
+    load_tile<kD, kBlockM, kThreads>(sQ, q0, p.q.sn, rows, int(p.D), a.aligned_q);
+  }
+  cp_async_commit();
+
+  // ---- what stays with a row ---------------------------------------------------------------------------------------------
+  float c[kRows], m[kRows], l[kRows], qn[kRows];
+  int32_t q_id[kRows];
+  RowBias<kKind, kRows> rb;
+  rb.start(p, b, h, offset, row_of);
+  FASTPE_UNROLL
+  for (int x = 0; x < kRows; ++x) {
+    const int64_t i = row_of(x) < p.Nq ? row_of(x) : p.Nq - 1;
+    c[x] = float(p.scale) * (p.row_scale.p ? *aux_at<float>(p.row_scale, b, h, i) : 1.f) * float(kLog2e);
+    m[x] = -kInf;
+    l[x] = 0;
+    qn[x] = 0;
+    q_id[x] = p.vis.q_ids ? p.vis.q_ids[b * p.vis.q_ids_sb + i] : 0;
+  }
+  int32_t q_lo = 0, q_hi = 0;
+  if (p.vis.q_ids) {
+    // Every warp looks at all rows of the block, so nothing is exchanged between warps.
+    q_lo = INT32_MAX;
+    q_hi = INT32_MIN;
+    for (int r = int(lane_index()); r < rows; r += 32) {
+      const int32_t id = p.vis.q_ids[b * p.vis.q_ids_sb + i0 + r];
+      q_lo = id < q_lo ? id : q_lo;
+      q_hi = id > q_hi ? id : q_hi;
+    }
+    for (uint32_t step = 1; step < 32; step *= 2) {
+      const int32_t lo = int32_t(shfl_xor(uint32_t(q_lo), step)), hi = int32_t(shfl_xor(uint32_t(q_hi), step));
+      q_lo = lo < q_lo ? lo : q_lo;
+      q_hi = hi > q_hi ? hi : q_hi;
+    }
+  }
+  const bool may_skip = kKind != Kind::none && a.skip > -kInf;
+  if (may_skip) {
+    cp_async_wait<0>();
+    sync_block();
+    FASTPE_UNROLL
+    for (int x = 0; x < kRows; ++x) {
+      float n = 0;
+      for (uint32_t chunk = lane_index() & 3; chunk < Tile<kD>::kChunks; chunk += 4) {
+        const Quad v = ld_shared_v4(sQ + Tile<kD>::at(local_row(x), chunk));
+        FASTPE_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const float lo = wide_low<T>(v.x[e]), hi = wide_high<T>(v.x[e]);
+          n += lo * lo + hi * hi;
+        }
+      }
+      n += shfl_xor(n, 1);
+      n += shfl_xor(n, 2);
+      qn[x] = sqrtf(n) * abs(c[x]) * 1.0001f;
+    }
+  }
+
+  // ---- choice of tiles ------------------------------------------------------------------------------------------------------
+  TileWalk walk(band, I0, I1, p.Nk);
+  uint32_t visited = 0, decayed = 0;
+  TileMask mask{band, I0, 0, p.Nk};
+  if (p.vis.mask) {
+    mask.dense = p.vis.mask + b * p.vis.mask_sb + h * p.vis.mask_sh;
+    mask.dense_sn = p.vis.mask_sn;
+    mask.dense_sk = p.vis.mask_sk;
+  }
+  // Largest bias of row x in keys [first, last]; rb stands at the tile.
+  const auto bias_bound = [&](int x, int64_t tile, int64_t first, int64_t last) {
+    if constexpr (kKind == Kind::table) {
+      const int64_t t_min = I0 - last, t_max = I1 - 1 - first, I = I0 + int64_t(local_row(x));
+      if (t_min < 0 && t_max >= 0) return kInf;
+      const int64_t t = t_min >= 0 ? I - last : I - first;
+      return a.pre.env[h * a.pre.env_sh + pos::table_index(p.bias.form, t, p.bias.table_len)] * float(kLog2e);
+    } else {
+      float lo = float(first - tile * kBlockN), hi = float(last - tile * kBlockN);
+      if (rb.w) {
+        const float* span = a.pre.w_span + b * a.pre.w_sb + h * a.pre.w_sh + tile * 2;
+        lo = span[0] - rb.w0;
+        hi = span[1] - rb.w0;
+      }
+      return rb.upper(x, lo, hi);
+    }
+  };
+  // The next tile that can matter, -1 after the last. Uniform over the block.
+  const auto next_tile = [&]() -> int64_t {
+    FASTPE_NO_UNROLL
+    for (;;) {
+      const int64_t t = walk.next();
+      if (t < 0) return -1;
+      const int64_t j0 = t * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
+      const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
+      if (see.lo >= see.hi) continue;
+      if (p.vis.k_ids) {
+        const int32_t* span = a.pre.k_span + b * a.pre.span_sb + t * 2;
+        if (q_hi < span[0] || span[1] < q_lo || span[1] < 0) continue;
+      }
+      if (may_skip) {
+        rb.tile(j0, j1, I0, I1, band.right == 1);
+        const float k_norm = a.pre.k_norm[bk * nkt + t];
+        bool forgettable = true;
+        FASTPE_UNROLL
+        for (int x = 0; x < kRows; ++x)
+          if (row_of(x) < p.Nq) forgettable = forgettable && m[x] + a.skip >= fma(qn[x], k_norm, bias_bound(x, t, see.lo, see.hi - 1));
+        if (sync_block_and(forgettable)) {
+          ++decayed;
+          continue;
+        }
+      }
+      return t;
+    }
+  };
+  const auto start_keys = [&](int64_t t) {
+    const int64_t j0 = t * kBlockN;
+    load_tile<kD, kBlockN, kThreads>(sK, row_at(a.pre.k, b, hk, j0), a.pre.k.sn, int(p.Nk - j0 < kBlockN ? p.Nk - j0 : kBlockN), int(p.D), a.aligned_k);
+  };
+
+  float o[kMt][kDt][4];
+  FASTPE_UNROLL
+  for (int mt = 0; mt < kMt; ++mt)
+    FASTPE_UNROLL
+    for (int d = 0; d < kDt; ++d)
+      FASTPE_UNROLL
+      for (int e = 0; e < 4; ++e) o[mt][d][e] = 0;
+
+  int64_t t = next_tile();
+  if (t >= 0) start_keys(t);
+  cp_async_commit();
+
+  FASTPE_NO_UNROLL
+  while (t >= 0) {
+    const int64_t j0 = t * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
+    ++visited;
+    cp_async_wait<0>();
+    sync_block();
+    load_tile<kD, kBlockN, kThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, int(j1 - j0), int(p.Dv), a.aligned_v);
+    cp_async_commit();
+    if constexpr (kKind == Kind::table) {
+      // Entry x: offset I - j = I0 - j0 - (kBlockN - 1) + x.
+      const float* table = aux_at<float>(p.bias.table, 0, h);
+      for (int x = int(thread_index()); x < kBlockM + kBlockN - 1; x += kThreads)
+        st_shared_f32(sT + 4 * x, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + x, p.bias.table_len)] * float(kLog2e));
+    }
+
+    // ---- S = Q K^T ------------------------------------------------------------------------------------------------------------
+    float s[kMt][kNt][4];
+    FASTPE_UNROLL
+    for (int mt = 0; mt < kMt; ++mt)
+      FASTPE_UNROLL
+      for (int n = 0; n < kNt; ++n)
+        FASTPE_UNROLL
+        for (int e = 0; e < 4; ++e) s[mt][n][e] = 0;
+    FASTPE_UNROLL
+    for (int k = 0; k < kD / 16; ++k) {
+      uint32_t fq[kMt][4];
+      FASTPE_UNROLL
+      for (int mt = 0; mt < kMt; ++mt) ldmatrix_x4(fq[mt], fragment_at<kD>(sQ, warp_row + 16 * mt, 2 * k));
+      FASTPE_UNROLL
+      for (int n = 0; n < kBlockN / 16; ++n) {
+        uint32_t fk[4];
+        ldmatrix_x4(fk, fragment_at<kD>(sK, 16 * n, 2 * k));
+        FASTPE_UNROLL
+        for (int mt = 0; mt < kMt; ++mt) {
+          mma<T>(s[mt][2 * n], fq[mt], fk[0], fk[2]);
+          mma<T>(s[mt][2 * n + 1], fq[mt], fk[1], fk[3]);
+        }
+      }
+    }
+    cp_async_wait<0>();
+    sync_block();
+    const int64_t t_now = t;
+    t = next_tile();
+    if (t >= 0) start_keys(t);
+    cp_async_commit();
+
+    // ---- scale, bias, mask ---------------------------------------------------------------------------------------------------
+    rb.tile(j0, j1, I0, I1, band.right == 1);
+    mask.j0 = j0;
+    mask.by_index = j1 - j0 < kBlockN || !pos::tile_full(band, I0, I1, j0, j1);
+    mask.k_ids = nullptr;
+    if (p.vis.k_ids) {
+      const int32_t* span = a.pre.k_span + b * a.pre.span_sb + t_now * 2;
+      if (!(q_lo == q_hi && span[0] == span[1] && span[0] == q_lo && q_lo >= 0)) mask.k_ids = p.vis.k_ids + b * p.vis.k_ids_sb;
+    }
+    const bool partial = mask.partial();
+    const float cap_in = p.softcap > 0 ? float(2 / p.softcap) : 0.f, cap_mul = float(p.softcap_mul * kLog2e);
+    FASTPE_UNROLL
+    for (int n = 0; n < kNt; ++n)
+      FASTPE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t col = 8 * n + frag_col(e);
+        float y = 0;
+        if constexpr (kKind == Kind::rel || kKind == Kind::form) y = rb.key(j0, col, p.Nk);
+        FASTPE_UNROLL
+        for (int x = 0; x < kRows; ++x) {
+          float& v = s[x >> 1][n][2 * (x & 1) + e];
+          v = v * c[x];
+          // C tanh(v / C) as C (1 - 2 / (1 + exp(2 v / C))); c carries log2 e.
+          if (p.softcap > 0) v = cap_mul * (1.f - 2.f / (1.f + ex2_approx(v * cap_in)));
+          if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * (local_row(x) + (kBlockN - 1) - col));
+          else v = rb.add(x, v, y);
+          if (partial && !mask.visible(row_of(x), row_of(x) + offset, q_id[x], j0 + col, p.Nq)) v = -kInf;
+        }
+      }
+
+    // ---- online softmax ----------------------------------------------------------------------------------------------------------
+    FASTPE_UNROLL
+    for (int x = 0; x < kRows; ++x) {
+      float top = m[x];
+      FASTPE_UNROLL
+      for (int n = 0; n < kNt; ++n) top = max(max(s[x >> 1][n][2 * (x & 1)], s[x >> 1][n][2 * (x & 1) + 1]), top);
+      top = max(shfl_xor(top, 1), top);
+      top = max(shfl_xor(top, 2), top);
+      // A row that has seen nothing keeps -inf; its masked scores must give 0, not NaN.
+      const float safe = top == -kInf ? 0.f : top;
+      const float alpha = ex2_approx(m[x] - safe);
+      m[x] = top;
+      float sum = 0;
+      FASTPE_UNROLL
+      for (int n = 0; n < kNt; ++n)
+        FASTPE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& v = s[x >> 1][n][2 * (x & 1) + e];
+          v = ex2_approx(v - safe);
+          sum += v;
+        }
+      l[x] = l[x] * alpha + sum;
+      FASTPE_UNROLL
+      for (int d = 0; d < kDt; ++d) {
+        o[x >> 1][d][2 * (x & 1)] *= alpha;
+        o[x >> 1][d][2 * (x & 1) + 1] *= alpha;
+      }
+    }
+
+    // ---- O += P V -------------------------------------------------------------------------------------------------------------------
+    FASTPE_UNROLL
+    for (int k = 0; k < kBlockN / 16; ++k) {
+      uint32_t fp[kMt][4];
+      FASTPE_UNROLL
+      for (int mt = 0; mt < kMt; ++mt)
+        FASTPE_UNROLL
+        for (int r = 0; r < 4; ++r) fp[mt][r] = T::pack(s[mt][2 * k + (r >> 1)][2 * (r & 1)], s[mt][2 * k + (r >> 1)][2 * (r & 1) + 1]);
+      FASTPE_UNROLL
+      for (int d = 0; d < kD / 16; ++d) {
+        uint32_t fv[4];
+        ldmatrix_x4_trans(fv, fragment_at<kD>(sV, 16 * k, 2 * d));
+        FASTPE_UNROLL
+        for (int mt = 0; mt < kMt; ++mt) {
+          mma<T>(o[mt][2 * d], fp[mt], fv[0], fv[1]);
+          mma<T>(o[mt][2 * d + 1], fp[mt], fv[2], fv[3]);
+        }
+      }
+    }
+  }
+
+  // ---- normalise and store -------------------------------------------------------------------------------------------------------------
+  cp_async_wait<0>();
+  float inv[kRows];
+  FASTPE_UNROLL
+  for (int x = 0; x < kRows; ++x) {
+    l[x] += shfl_xor(l[x], 1);
+    l[x] += shfl_xor(l[x], 2);
+    float lse;
+    float top = m[x], weight = 1;
+    if (p.sink.p) {
+      const float sink = *aux_at<float>(p.sink, 0, h) * float(kLog2e);
+      top = max(m[x], sink);
+      if (top > -kInf) {
+        weight = m[x] > -kInf ? ex2_approx(m[x] - top) : 0.f;
+        l[x] = l[x] * weight + ex2_approx(sink - top);
+      }
+    }
+    // l = 0 only where no key was visible; NaN keeps its way.
+    inv[x] = l[x] == 0 ? 0.f : weight / l[x];
+    lse = l[x] == 0 ? -kInf : (top + lg2_approx(l[x])) * float(kLn2);
+    if ((lane_index() & 3) == 0 && row_of(x) < p.Nq) static_cast<float*>(p.lse)[(b * p.H + h) * p.Nq + row_of(x)] = lse;
+  }
+  // Through the warp's own rows of Q, so that stores to global memory are 16 bytes.
+  sync_warp();
+  constexpr int kPasses = 2;
+  FASTPE_NO_UNROLL
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const View& out = pass == 0 ? p.o : p.residual;
+    if (!out.p) break;
+    FASTPE_UNROLL
+    for (int x = 0; x < kRows; ++x)
+      FASTPE_UNROLL
+      for (int d = 0; d < kDt; ++d) {
+        const float lo = o[x >> 1][d][2 * (x & 1)] * inv[x], hi = o[x >> 1][d][2 * (x & 1) + 1] * inv[x];
+        uint32_t v = T::pack(lo, hi);
+        if (pass == 1) v = T::pack(lo - wide_low<T>(v), hi - wide_high<T>(v));
+        st_shared_b32(sQ + Tile<kD>::at(local_row(x), d) + 4 * (lane_index() & 3), v);
+      }
+    sync_warp();
+    for (uint32_t item = lane_index(); item < 16 * kMt * Tile<kD>::kChunks; item += 32) {
+      const uint32_t row = warp_row + item / Tile<kD>::kChunks, chunk = item % Tile<kD>::kChunks;
+      if (int(row) >= rows || int64_t(chunk * 8) >= p.Dv) continue;
+      *reinterpret_cast<Quad*>(static_cast<uint16_t*>(out.p) + b * out.sb + h * out.sh + (i0 + row) * out.sn + chunk * 8) = ld_shared_v4(sQ + Tile<kD>::at(row, chunk));
+    }
+    sync_warp();
+  }
+  if (a.stats && thread_index() == 0) {
+    a.stats[2 * block_index()] = visited;
+    a.stats[2 * block_index() + 1] = decayed;
+  }
+}
+
+}  // namespace fastpe::cuda

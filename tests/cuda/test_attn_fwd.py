@@ -1,0 +1,143 @@
+"""The sm_80 forward kernel, executed by the emulator, against the float64 definition."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import fastpe
+from fastpe import reference
+from fastpe.testing.cases import BIASES, MASKS, NEEDS_KEYS, NEEDS_KEYS_MASK, ROPES, SCORE, STORAGE, Case, build
+from fastpe.testing.compare import close_half, eager_attention, error
+
+# Three key tiles, the last one ragged.
+SMALL = Case(B=1, H=2, Hk=1, Nq=70, Nk=150, D=16, Dv=16)
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compare(case, dtype, on_emulator, **options):
+    run = build(case, dtype)
+    with torch.no_grad():
+        want, want_lse, _ = build(case, dtype, wide=True)(reference.attention, backward=False)
+        torchs, torchs_lse, _ = build(case, dtype)(eager_attention, backward=False)
+        with on_emulator(**options):
+            out, lse, _ = run(fastpe.attention, backward=False)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    close_half("out", out, want, torchs, dtype=dtype)
+    close_half("lse", lse, want_lse, torchs_lse, floor=1.0, dtype=dtype)
+    return out, lse
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("bias", BIASES)
+def test_bias(bias, causal, on_emulator):
+    compare(dataclasses.replace(SMALL, bias=bias, causal=causal, seed=1), torch.bfloat16, on_emulator)
+
+
+@pytest.mark.parametrize("bias", ["none", "cable", "table"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_mask(mask, bias, on_emulator):
+    compare(dataclasses.replace(SMALL, B=2, bias=bias, mask=mask, seed=2), torch.float16, on_emulator)
+
+
+@pytest.mark.parametrize("layout_case", [(16, "half"), (24, "interleaved"), (40, "partial"), (64, "positions"), (8, "half")], ids=str)
+def test_rope(layout_case, on_emulator):
+    D, rope = layout_case
+    assert rope in ROPES
+    compare(dataclasses.replace(SMALL, B=2, D=D, rope=rope, bias="alibi", causal=True, seed=3), torch.bfloat16, on_emulator)
+
+
+@pytest.mark.parametrize("score", [*((s,) for s in SCORE), ("softcap", "sink", "row_scale")], ids="+".join)
+def test_score(score, on_emulator):
+    compare(dataclasses.replace(SMALL, score=score, bias="t5", seed=4), torch.float16, on_emulator)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("D,Dv", [(64, 64), (80, 96), (96, 40), (128, 128), (256, 256), (8, 200), (136, 72)])
+def test_head_dims(D, Dv, dtype, on_emulator):
+    compare(dataclasses.replace(SMALL, H=1, D=D, Dv=Dv, bias="kerple_log", causal=True, seed=5), HALF[dtype], on_emulator)
+
+
+@pytest.mark.parametrize("Nq,Nk", [(1, 1), (1, 130), (64, 64), (65, 63), (130, 20), (129, 129), (63, 257), (5, 0), (0, 5)])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+def test_lengths(Nq, Nk, causal, on_emulator):
+    case = dataclasses.replace(SMALL, H=3, Hk=3, Nq=Nq, Nk=Nk, bias="alibi", causal=causal, seed=6)
+    if Nq and Nk:
+        compare(case, torch.bfloat16, on_emulator)
+        return
+    run = build(case, torch.bfloat16)
+    with torch.no_grad(), on_emulator():
+        out, lse, _ = run(fastpe.attention, backward=False)
+    assert (out == 0).all() and torch.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_storage(storage, on_emulator):
+    compare(dataclasses.replace(SMALL, B=2, H=4, Hk=2, storage=storage, rope="half", seed=7), torch.bfloat16, on_emulator)
+
+
+def test_every_bias_and_mask_without_keys_goes_with_more_queries_than_keys(on_emulator):
+    for bias in ("alibi", "t5", "fn_power"):
+        assert bias not in NEEDS_KEYS
+        compare(dataclasses.replace(SMALL, Nq=150, Nk=70, bias=bias, mask="window_both", seed=8), torch.float16, on_emulator)
+    assert "ids" not in NEEDS_KEYS_MASK
+
+
+SCHEDULES = [{"schedule": "fifo"}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
+
+
+@pytest.mark.parametrize("D", [64, 96])
+def test_every_schedule_gives_the_same_bits(D, on_emulator):
+    case = dataclasses.replace(SMALL, Nq=90, D=D, Dv=D, bias="table", mask="everything", rope="half", score=("sink",), seed=9)
+    first, *others = [compare(case, torch.bfloat16, on_emulator, **s) for s in SCHEDULES]
+    for out, lse in others:
+        assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
+
+
+def test_no_bank_conflicts(emu, on_emulator):
+    for D in (64, 96, 128, 256):
+        emu.counters()
+        compare(dataclasses.replace(SMALL, H=1, D=D, Dv=D, Nq=16, seed=10), torch.bfloat16, on_emulator)
+        counted = emu.counters()
+        assert counted["extra_wavefronts"] == 0 and counted["mma"] > 0
+
+
+@pytest.mark.parametrize("bias", ["alibi", "forget", "kerple_log", "sandwich"])
+def test_decayed_tiles_are_skipped_within_the_bound(bias, on_emulator):
+    case = dataclasses.replace(SMALL, H=1, Nq=64, Nk=640, bias=bias, causal=True, seed=11)
+    run = build(case, torch.bfloat16)
+    if bias == "alibi":
+        run.kwargs["bias"] = fastpe.bias.Alibi(torch.tensor([0.5]))
+    if bias == "forget":
+        run.kwargs["bias"] = fastpe.bias.Forget(torch.full((1, 1, 640), -0.5))
+    results = []
+    for bound in (0.0, 2.0**-12):
+        torch.ops.fastpe_emu.tile_counts()
+        with torch.no_grad(), fastpe.config.skip_bound(bound), on_emulator():
+            out, lse, _ = run(fastpe.attention, backward=False)
+        results.append((out, lse, *torch.ops.fastpe_emu.tile_counts()))
+    (exact, exact_lse, all_tiles, none), (out, lse, visited, skipped) = results
+    assert none == 0 and visited + skipped == all_tiles == 10
+    assert error(lse, exact_lse) <= 2.0**-11
+    assert error(out, exact) <= 2.0**-7
+    if bias in ("alibi", "forget"):
+        assert skipped >= 5
+
+
+def test_residual_is_what_rounding_took(on_emulator, emu):
+    run = build(dataclasses.replace(SMALL, bias="none"), torch.bfloat16)
+    q, k, v = run.qkv
+    empty = [None] * 2 + [0, 0] + [None] * 6 + [0, 0, 0] + [None] * 5 + [0.25, 0.0, 0.0, 0.0]
+    with torch.no_grad():
+        out, _, residual = torch.ops.fastpe_emu.attn_fwd(q, k, v, *empty, True)
+        exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *empty, False)
+    assert error(out.double() + residual.double(), exact) < 0.6 * error(out, exact)
+
+
+def test_schema_is_that_of_the_op(emu):
+    def text(op):
+        return str(op.default._schema).split("::", 1)[1]
+
+    assert text(torch.ops.fastpe_emu.attn_fwd) == text(torch.ops.fastpe.attn_fwd)
