@@ -18,7 +18,7 @@ CALLED = [key for key in FOUND if key in table.CALLS]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Where every entry is tiny (gradients under strong decay), the terms that cancelled are of order one and set the error.
-FLOOR = 1e-2
+FLOOR = 0.1
 
 
 def ids(key):
