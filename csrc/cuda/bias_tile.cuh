@@ -9,6 +9,23 @@
 
 namespace fastpe::cuda {
 
+// The value of a form, the same for a warp. Out of line: log and pow, unrolled over a tile's scores, are a hundred kilobytes.
+FASTPE_NOINLINE float phi_value(BiasForm form, float d, float p0, float p1) {
+  float v = 0;
+  pos::with_form(form, [&](auto f) { v = decltype(f)::value(d, p0, p1); });
+  return v;
+}
+
+// The largest g * phi(d) for d in [lo, hi].
+FASTPE_NOINLINE float phi_bound(BiasForm form, float g, float lo, float hi, float p0, float p1) {
+  float top = 0, bottom = 0;
+  pos::with_form(form, [&](auto f) {
+    top = pos::phi_max(f, lo, hi, p0, p1);
+    bottom = pos::phi_min(f, lo, hi, p0, p1);
+  });
+  return max(g * top, g * bottom);
+}
+
 // Query rows of a lane: row x of kRows is row_of(x) of the block.
 template <Kind kKind, int kRows>
 struct RowBias {
@@ -17,6 +34,7 @@ struct RowBias {
   float gm[kRows], uloc[kRows];  // row weight; u = ubase + uloc
   double ubase[kRows];
   const float* w = nullptr;      // by key
+  const float* w_tile = nullptr; // by key of the tile
   const double* base = nullptr;  // by block of kPrefixBlock keys
   bool has_u = false, indices = false;
   // of the present tile:
@@ -61,6 +79,7 @@ struct RowBias {
     if constexpr (kKind == Kind::rel || kKind == Kind::form) {
       double wbase = has_u ? 0 : double(j0);
       w0 = has_u ? float(j0) : 0.f;
+      w_tile = w ? w + j0 : nullptr;
       if (w) {
         w0 = w[j0];
         wbase = base ? base[j0 / kPrefixBlock] : 0;
@@ -83,9 +102,9 @@ struct RowBias {
     }
   }
 
-  // Position of key j0 + c relative to the anchor; keys past nk count as the anchor.
-  FASTPE_DEVICE float key(int64_t j0, uint32_t c, int64_t nk) const {
-    if (w) return j0 + c < nk ? w[j0 + c] - w0 : 0.f;
+  // Position of key c of the tile relative to the anchor; the tile has `keys` of them, later ones count as the anchor.
+  FASTPE_DEVICE float key(int c, int keys) const {
+    if (w_tile) return c < keys ? w_tile[c] - w0 : 0.f;
     return float(c);
   }
 
@@ -93,12 +112,7 @@ struct RowBias {
   FASTPE_DEVICE float add(int x, float score, float y) const {
     if constexpr (kKind == Kind::rel)
       return rank1 ? fma(g[x], r[x] - y, score) : fma(g[x], pos::Phi<BiasForm::linear>::value(r[x] - y, p0, p1), score);
-    if constexpr (kKind == Kind::form) {
-      float phi = 0;
-      const float d = r[x] - y, q0 = p0, q1 = p1;
-      pos::with_form(form, [&](auto f) { phi = decltype(f)::value(d, q0, q1); });
-      return fma(g[x], phi, score);
-    }
+    if constexpr (kKind == Kind::form) return fma(g[x], phi_value(form, r[x] - y, p0, p1), score);
     return score;
   }
 
@@ -106,39 +120,22 @@ struct RowBias {
   FASTPE_DEVICE float upper(int x, float lo, float hi) const {
     if constexpr (kKind == Kind::rel || kKind == Kind::form) {
       if (rank1) return max(g[x] * (r[x] - lo), g[x] * (r[x] - hi));
-      float top = 0, bottom = 0;
-      const float a = r[x] - hi, b = r[x] - lo, q0 = p0, q1 = p1;
-      pos::with_form(form, [&](auto f) {
-        top = pos::phi_max(f, a, b, q0, q1);
-        bottom = pos::phi_min(f, a, b, q0, q1);
-      });
-      return max(g[x] * top, g[x] * bottom);
+      return phi_bound(form, g[x], r[x] - hi, r[x] - lo, p0, p1);
     }
     return 0.f;
   }
 };
 
-// Visibility of one tile. Everything but the lane's ids is the same for the whole block.
-struct TileMask {
-  pos::Band band;
-  int64_t I0, j0, j1;          // j1: end of the keys
-  bool by_index = false;       // index rules, or the end of the keys, cut through this tile
-  const int32_t* k_ids = nullptr;
-  const uint8_t* dense = nullptr;  // at (b, h)
-  int64_t dense_sn = 0, dense_sk = 0;
-
-  FASTPE_DEVICE bool partial() const { return by_index || k_ids || dense; }
-  // Row i of the call at index I, with id q_id; key j.
-  FASTPE_DEVICE bool visible(int64_t i, int64_t I, int32_t q_id, int64_t j, int64_t nq) const {
-    if (j >= j1) return false;
-    if (by_index && !pos::visible(band, I, j)) return false;
-    if (k_ids) {
-      const int32_t id = k_ids[j];
-      if (id < 0 || id != q_id) return false;
-    }
-    if (dense && (i >= nq || !dense[i * dense_sn + j * dense_sk])) return false;
-    return true;
-  }
+// Columns of a tile that a row sees by index: [lo, hi) and [0, sinks).
+struct Columns {
+  int lo, hi, sinks;
+  FASTPE_DEVICE bool see(int c) const { return (c >= lo && c < hi) || c < sinks; }
 };
+FASTPE_DEVICE int clip(int64_t x, int64_t j0) { return int(x <= j0 ? 0 : x - j0 < kBlockN ? x - j0 : kBlockN); }
+FASTPE_DEVICE Columns columns_of_row(pos::Band band, int64_t I, int64_t j0, int64_t nk) {
+  const pos::Range w = pos::window_of_rows(band, I, I + 1, nk);
+  const pos::Range causal = pos::window_of_rows({0, band.right, 0}, I, I + 1, nk);
+  return {clip(w.lo, j0), clip(w.hi, j0), clip(band.sinks < causal.hi ? band.sinks : causal.hi, j0)};
+}
 
 }  // namespace fastpe::cuda

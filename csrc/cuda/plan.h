@@ -19,18 +19,16 @@ constexpr int head_dim_class(int64_t d) { return d <= 64 ? 64 : d <= 96 ? 96 : d
 constexpr int kBlockN = 64;
 static_assert(kPrefixBlock % kBlockN == 0);
 
-// Forward: 4 warps, each with kMt fragments of 16 rows. Two of them halve the shared-memory reads per product; above 64
-// channels the accumulators leave no registers for it.
+// Forward: 4 warps of kMt fragments of 16 rows. Two fragments would halve the shared-memory reads per product, but the
+// bias state of 4 rows a lane then spills at every head size.
 template <int kD>
 struct FwdTile {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kMt = kD <= 64 ? 2 : 1;
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kMt = 1;
   static constexpr int kBlockM = 16 * kWarps * kMt;
   static constexpr uint32_t kQ = 0, kK = kQ + kBlockM * kD * 2, kV = kK + kBlockN * kD * 2, kTable = kV + kBlockN * kD * 2;
   static constexpr uint32_t kBytes = kTable + (kBlockM + kBlockN) * 4;
 };
-constexpr int fwd_block_m(int head_dim) { return head_dim <= 64 ? 128 : 64; }
-static_assert(fwd_block_m(64) == FwdTile<64>::kBlockM && fwd_block_m(128) == FwdTile<128>::kBlockM);
+constexpr int fwd_block_m(int head_dim) { return head_dim <= 64 ? FwdTile<64>::kBlockM : FwdTile<128>::kBlockM; }
 
 // How the kernels treat the bias forms; one instance of a kernel each.
 enum class Kind { none, rel, table, form };
@@ -44,25 +42,25 @@ constexpr Kind kind_of(BiasForm f) {
 // visible one (near to far, so that a decaying bias lets the far ones be skipped), then what lies after the diagonal, then
 // the sinks.
 struct TileWalk {
-  int64_t t, lo, mid, hi, sinks_hi;
+  int t, lo, mid, hi, sinks_hi;  // tiles
   int phase = 0;
 
   FASTPE_HD TileWalk(pos::Band band, int64_t I0, int64_t I1, int64_t nk) {
     const pos::Range w = pos::window_of_rows(band, I0, I1, nk);
-    hi = w.hi > w.lo ? (w.hi + kBlockN - 1) / kBlockN : 0;
-    lo = hi > 0 ? w.lo / kBlockN : 0;
-    mid = I1 <= 0 ? 0 : (I1 - 1) / kBlockN + 1;
+    hi = w.hi > w.lo ? int((w.hi + kBlockN - 1) / kBlockN) : 0;
+    lo = hi > 0 ? int(w.lo / kBlockN) : 0;
+    mid = I1 <= 0 ? 0 : I1 > nk ? hi : int((I1 - 1) / kBlockN) + 1;
     if (mid > hi) mid = hi;
     if (mid < lo) mid = lo;
     sinks_hi = 0;
     if (band.left > 0 && band.sinks > 0) {
-      sinks_hi = ((band.sinks < nk ? band.sinks : nk) + kBlockN - 1) / kBlockN;
+      sinks_hi = int(((band.sinks < nk ? band.sinks : nk) + kBlockN - 1) / kBlockN);
       if (hi > 0 && sinks_hi > lo) sinks_hi = lo;
     }
     t = mid;
   }
   // The next tile, -1 after the last one.
-  FASTPE_HD int64_t next() {
+  FASTPE_HD int next() {
     if (phase == 0) {
       if (t > lo) return --t;
       phase = 1;

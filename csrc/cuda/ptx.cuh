@@ -20,6 +20,7 @@
 
 #define FASTPE_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FASTPE_DEVICE __device__ __forceinline__
+#define FASTPE_NOINLINE static __device__ __noinline__
 #define FASTPE_GRID_CONSTANT __grid_constant__
 #define FASTPE_UNROLL _Pragma("unroll")
 #define FASTPE_NO_UNROLL _Pragma("unroll 1")

@@ -11,6 +11,7 @@
 
 #define FASTPE_KERNEL(threads, blocks) [[maybe_unused]] static __attribute__((noinline)) void
 #define FASTPE_DEVICE inline
+#define FASTPE_NOINLINE [[maybe_unused]] static __attribute__((noinline))
 #define FASTPE_GRID_CONSTANT
 #define FASTPE_UNROLL
 #define FASTPE_NO_UNROLL

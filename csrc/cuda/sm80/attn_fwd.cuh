@@ -124,12 +124,6 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
   // ---- choice of tiles ------------------------------------------------------------------------------------------------------
   TileWalk walk(band, I0, I1, p.Nk);
   uint32_t visited = 0, decayed = 0;
-  TileMask mask{band, I0, 0, p.Nk};
-  if (p.vis.mask) {
-    mask.dense = p.vis.mask + b * p.vis.mask_sb + h * p.vis.mask_sh;
-    mask.dense_sn = p.vis.mask_sn;
-    mask.dense_sk = p.vis.mask_sk;
-  }
   // Largest bias of row x in keys [first, last]; rb stands at the tile.
   const auto bias_bound = [&](int x, int64_t tile, int64_t first, int64_t last) {
     if constexpr (kKind == Kind::table) {
@@ -148,12 +142,12 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     }
   };
   // The next tile that can matter, -1 after the last. Uniform over the block.
-  const auto next_tile = [&]() -> int64_t {
+  const auto next_tile = [&]() -> int {
     FASTPE_NO_UNROLL
     for (;;) {
-      const int64_t t = walk.next();
+      const int t = walk.next();
       if (t < 0) return -1;
-      const int64_t j0 = t * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
+      const int64_t j0 = int64_t(t) * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
       const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
       if (see.lo >= see.hi) continue;
       if (p.vis.k_ids) {
@@ -175,8 +169,8 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       return t;
     }
   };
-  const auto start_keys = [&](int64_t t) {
-    const int64_t j0 = t * kBlockN;
+  const auto start_keys = [&](int t) {
+    const int64_t j0 = int64_t(t) * kBlockN;
     load_tile<kD, kBlockN, kThreads>(sK, row_at(a.pre.k, b, hk, j0), a.pre.k.sn, int(p.Nk - j0 < kBlockN ? p.Nk - j0 : kBlockN), int(p.D), a.aligned_k);
   };
 
@@ -188,13 +182,13 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       FASTPE_UNROLL
       for (int e = 0; e < 4; ++e) o[mt][d][e] = 0;
 
-  int64_t t = next_tile();
+  int t = next_tile();
   if (t >= 0) start_keys(t);
   cp_async_commit();
 
   FASTPE_NO_UNROLL
   while (t >= 0) {
-    const int64_t j0 = t * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
+    const int64_t j0 = int64_t(t) * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
     ++visited;
     cp_async_wait<0>();
     sync_block();
@@ -233,21 +227,24 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     }
     cp_async_wait<0>();
     sync_block();
-    const int64_t t_now = t;
+    const int t_now = t;
     t = next_tile();
     if (t >= 0) start_keys(t);
     cp_async_commit();
 
     // ---- scale, bias, mask ---------------------------------------------------------------------------------------------------
+    const int keys = int(j1 - j0);
+    // -inf where see(row, column) says no.
+    const auto hide = [&](auto see) {
+      FASTPE_UNROLL
+      for (int n = 0; n < kNt; ++n)
+        FASTPE_UNROLL
+        for (int e = 0; e < 2; ++e)
+          FASTPE_UNROLL
+          for (int x = 0; x < kRows; ++x)
+            if (!see(x, int(8 * n + frag_col(e)))) s[x >> 1][n][2 * (x & 1) + e] = -kInf;
+    };
     rb.tile(j0, j1, I0, I1, band.right == 1);
-    mask.j0 = j0;
-    mask.by_index = j1 - j0 < kBlockN || !pos::tile_full(band, I0, I1, j0, j1);
-    mask.k_ids = nullptr;
-    if (p.vis.k_ids) {
-      const int32_t* span = a.pre.k_span + b * a.pre.span_sb + t_now * 2;
-      if (!(q_lo == q_hi && span[0] == span[1] && span[0] == q_lo && q_lo >= 0)) mask.k_ids = p.vis.k_ids + b * p.vis.k_ids_sb;
-    }
-    const bool partial = mask.partial();
     const float cap_in = p.softcap > 0 ? float(2 / p.softcap) : 0.f, cap_mul = float(p.softcap_mul * kLog2e);
     FASTPE_UNROLL
     for (int n = 0; n < kNt; ++n)
@@ -255,7 +252,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       for (int e = 0; e < 2; ++e) {
         const uint32_t col = 8 * n + frag_col(e);
         float y = 0;
-        if constexpr (kKind == Kind::rel || kKind == Kind::form) y = rb.key(j0, col, p.Nk);
+        if constexpr (kKind == Kind::rel || kKind == Kind::form) y = rb.key(int(col), keys);
         FASTPE_UNROLL
         for (int x = 0; x < kRows; ++x) {
           float& v = s[x >> 1][n][2 * (x & 1) + e];
@@ -264,9 +261,26 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
           if (p.softcap > 0) v = cap_mul * (1.f - 2.f / (1.f + ex2_approx(v * cap_in)));
           if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * (local_row(x) + (kBlockN - 1) - col));
           else v = rb.add(x, v, y);
-          if (partial && !mask.visible(row_of(x), row_of(x) + offset, q_id[x], j0 + col, p.Nq)) v = -kInf;
         }
       }
+    // Full tiles, nearly all of a long call, stop here.
+    if (keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1)) {
+      Columns seen[kRows];
+      FASTPE_UNROLL
+      for (int x = 0; x < kRows; ++x) seen[x] = columns_of_row(band, row_of(x) + offset, j0, p.Nk);
+      hide([&](int x, int col) { return seen[x].see(col); });
+    }
+    if (p.vis.k_ids) {
+      const int32_t* span = a.pre.k_span + b * a.pre.span_sb + t_now * 2;
+      if (!(q_lo == q_hi && span[0] == span[1] && span[0] == q_lo && q_lo >= 0)) {
+        const int32_t* id = p.vis.k_ids + b * p.vis.k_ids_sb + j0;
+        hide([&](int x, int col) { return col < keys && id[col] >= 0 && id[col] == q_id[x]; });
+      }
+    }
+    if (p.vis.mask) {
+      const uint8_t* dense = p.vis.mask + b * p.vis.mask_sb + h * p.vis.mask_sh + j0 * p.vis.mask_sk;
+      hide([&](int x, int col) { return col < keys && row_of(x) < p.Nq && dense[row_of(x) * p.vis.mask_sn + col * p.vis.mask_sk]; });
+    }
 
     // ---- online softmax ----------------------------------------------------------------------------------------------------------
     FASTPE_UNROLL
