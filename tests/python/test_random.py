@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -56,9 +58,11 @@ def check(case: Case, dtype: torch.dtype) -> None:
     forward, backward = compare.TOLERANCE.get(dtype, (0, 0))
     same("out", got[0], want[0], own[0], forward)
     same("lse", got[1], want[1], own[1], forward)
-    # A parameter's gradient sums terms weighted by distances of up to the length (a power kernel: to their square); where
+    # A parameter's gradient sums terms weighted by distances of up to the length (a power's: times their logarithm); where
     # they cancel, this is its scale.
-    longest = float(max(case.Nq, case.Nk, 1)) ** (2 if "power" in case.bias else 1)
+    longest = float(max(case.Nq, case.Nk, 1))
+    if "power" in case.bias:
+        longest *= 1 + math.log(longest)
     for name, g in got[2].items():
         same(name, g, want[2][name], own[2][name], backward, 1.0 if name in ("query", "key", "value") else longest)
 
