@@ -475,6 +475,11 @@ Options& options() {
   return o;
 }
 
+Runner& other_runner() {
+  static Runner r = nullptr;
+  return r;
+}
+
 Counters read_counters(bool reset) {
   std::lock_guard<std::mutex> g(g_pool_lock);
   const Counters c = g_counters;

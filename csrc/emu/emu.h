@@ -49,6 +49,10 @@ Counters read_counters(bool reset);
 // Runs fn(args) as every thread of every block. Throws std::runtime_error when a check fails.
 void run_grid(const char* kernel, Dim3 grid, uint32_t threads, uint32_t shared_bytes, void (*fn)(const void*), const void* args);
 
+// Another way of running kernels: asked before every launch; true means it ran the kernel and the emulator does not.
+using Runner = bool (*)(const char* kernel, uint32_t blocks, uint32_t threads, uint32_t shared_bytes, const void* args, size_t args_bytes);
+Runner& other_runner();
+
 // ---- for the thread that is running ---------------------------------------------------------------------------------
 
 struct Thread {

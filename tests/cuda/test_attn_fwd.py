@@ -96,6 +96,12 @@ def test_every_schedule_gives_the_same_bits(D, on_emulator):
         assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
 
 
+@pytest.mark.parametrize("bias,mask,storage", [("cable", "everything", "bhnd"), ("t5", "dense", "bnhd"), ("fn_log", "ids", "padded"), ("alibi", "window_sinks", "bhnd")])
+def test_nothing_outside_the_tensors_is_read(bias, mask, storage, on_emulator):
+    case = dataclasses.replace(SMALL, B=2, Nq=67, Nk=133, D=24, bias=bias, mask=mask, rope="half", storage=storage, score=("row_scale", "sink"), seed=12)
+    compare(case, torch.bfloat16, on_emulator, guard=True)
+
+
 def test_no_bank_conflicts(emu, on_emulator):
     for D in (64, 96, 128, 256):
         emu.counters()

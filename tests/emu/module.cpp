@@ -55,6 +55,25 @@ py::dict counters(bool reset) {
   return d;
 }
 
+// n bytes in front of an inaccessible page.
+py::array_t<uint8_t> guarded(size_t n) {
+  auto* g = new Guarded<uint8_t>(n);
+  return py::array_t<uint8_t>(py::ssize_t(n), g->p, py::capsule(g, [](void* p) { delete static_cast<Guarded<uint8_t>*>(p); }));
+}
+
+// run(kernel, blocks, threads, shared bytes, arguments) -> whether it ran the kernel; None: the emulator runs all.
+py::object& python_runner() {
+  static auto* r = new py::object(py::none());
+  return *r;
+}
+void set_runner(py::object run) {
+  python_runner() = run;
+  emu::other_runner() = run.is_none() ? nullptr : +[](const char* kernel, uint32_t blocks, uint32_t threads, uint32_t shared, const void* args, size_t bytes) {
+    py::gil_scoped_acquire gil;
+    return python_runner()(kernel, blocks, threads, shared, py::bytes(static_cast<const char*>(args), bytes)).cast<bool>();
+  };
+}
+
 using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
 
 Words conformance_run(const std::string& name, Words in) {
@@ -103,6 +122,8 @@ py::array_t<float> planted_run(int bug, Halves q, Halves k) {
 PYBIND11_MODULE(fastpe_emu_tests, m) {
   m.def("set_options", &set_options, py::arg("schedule") = "fifo", py::arg("copies") = "late", py::arg("seed") = 1, py::arg("workers") = 2);
   m.def("counters", &counters, py::arg("reset") = true);
+  m.def("guarded", &guarded);
+  m.def("set_runner", &set_runner);
   m.def("conformance", &conformance_run);
   m.def("conformance_names", &conformance_names);
   m.def("planted", &planted_run);
