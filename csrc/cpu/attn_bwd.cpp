@@ -38,6 +38,7 @@ struct BwdScratch {
   BlockBias<S>* block;
   BlockScale<S>* scale;
   S *lse, *delta, *slack, *ids, *du, *dgamma, *drho;
+  S *row_ds, *row_p, *row_p0, *row_p1, *row_phi;  // sums over keys that set delta right, see settle_rows
 
   static int64_t pad(int64_t d) { return tiles::round_up(d, Vec<S>::kLanes); }
 
@@ -70,6 +71,11 @@ struct BwdScratch {
     du = c.take<S>(kBM);
     dgamma = c.take<S>(kBM);
     drho = c.take<S>(kBM);
+    row_ds = c.take<S>(kBM);
+    row_p = c.take<S>(kBM);
+    row_p0 = c.take<S>(kBM);
+    row_p1 = c.take<S>(kBM);
+    row_phi = c.take<S>(kBM);
   }
 };
 
@@ -121,7 +127,7 @@ struct Backward {
   Call<E> call;
   const Runtime& rt;
   TileStats* stats;
-  const bool want_q, want_k, want_v, want_params, want_gamma, want_u, want_w, want_table, want_rho, want_bias;
+  const bool want_q, want_k, want_v, want_params, want_gamma, want_u, want_w, want_table, want_rho, settle, want_bias;
   const int64_t group, splits, dp, dvp;
   int64_t head0 = 0, heads = 0;
   KVPack<E>* packs = nullptr;
@@ -139,6 +145,7 @@ struct Backward {
         want_params(needs(need_params)), want_gamma(needs(need_gamma)),
         // u taken from w at the query's index: its gradient is part of dw.
         want_u(needs(need_u) || (needs(need_w) && !p.bias.u)), want_w(needs(need_w)), want_table(needs(need_table)), want_rho(needs(need_row_scale)),
+        settle((want_params || want_gamma) && (params.fwd.dtype == DType::bf16 || params.fwd.dtype == DType::f16)),
         want_bias(want_params || want_gamma || want_u || want_w || want_table),
         group(p.H / p.Hk), splits(tiles::backward_splits(p.B * p.Hk, call.nq_blocks)),
         dp(BwdScratch<E>::pad(p.D)), dvp(BwdScratch<E>::pad(p.Dv)) {}
@@ -278,7 +285,10 @@ struct Backward {
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
     w.block->init(hb, i0, rows, I0);
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
-    for (int64_t l = 0; l < kBM; ++l) w.du[l] = w.dgamma[l] = w.drho[l] = 0;
+    for (int64_t l = 0; l < kBM; ++l) {
+      w.du[l] = w.dgamma[l] = w.drho[l] = 0;
+      w.row_ds[l] = w.row_p[l] = w.row_p0[l] = w.row_p1[l] = w.row_phi[l] = 0;
+    }
     bool first = true;
     int64_t visited = 0, hidden = 0, decayed = 0;
 
@@ -296,6 +306,7 @@ struct Backward {
       first = false;
     });
 
+    if (settle) settle_rows(w, bg, b, h, i0, rows);
     if (needs(need_q)) {
       if (first) std::memset(w.rows, 0, size_t(rows * p.D) * sizeof(S));
       else transpose(w.rows, p.D, w.dq, kBM, p.D, rows);
@@ -384,7 +395,7 @@ struct Backward {
         if (masked) grad_pass<E, K, Phi, true>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
         else grad_pass<E, K, Phi, false>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
       });
-      if (want_bias) bias_grads(tb, w, bg, ds, c0, c1, lanes, I0, j0);
+      if (want_bias) bias_grads(tb, w, bg, s, ds, c0, c1, lanes, I0, j0);
       if (want_rho) rho_grads(w, ds, c0, c1, lanes);
       finish_ds(w, s, ds, c0, c1, lanes);
     }
@@ -461,9 +472,9 @@ struct Backward {
     }
   }
 
-  void bias_grads(const TileBias<S>& t, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
+  void bias_grads(const TileBias<S>& t, BwdScratch<E>& w, BiasGrad<S>& bg, const S* prob, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
     if (bg.table) return diagonals(bg.table, ds, c0, c1, lanes, I0, j0);
-    pos::with_form(t.form, [&](auto phi) { rel_grads<decltype(phi)>(t, w, bg, ds, c0, c1, lanes, j0); });
+    pos::with_form(t.form, [&](auto phi) { rel_grads<decltype(phi)>(t, w, bg, prob, ds, c0, c1, lanes, j0); });
   }
 
   // dT[t] += sum of dS along the diagonal I - j = t: vectors of neighbouring diagonals, rows of dS shifted by one each.
@@ -486,7 +497,7 @@ struct Backward {
   }
 
   template <class Phi>
-  void rel_grads(const TileBias<S>& t, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t j0) {
+  void rel_grads(const TileBias<S>& t, BwdScratch<E>& w, BiasGrad<S>& bg, const S* prob, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t j0) {
     constexpr int64_t P = kPitch<S>;
     const BlockBias<S>& bb = *w.block;
     const V p0(t.p0), p1(t.p1);
@@ -497,7 +508,7 @@ struct Backward {
       for (int64_t x = 0; x < kChunk * L; ++x) key[x] = 0;
     for (int64_t l = 0; l < lanes; l += L) {
       const V uv = V::load(t.r + l), gm = V::load(bb.gm + l);
-      V du(S(0)), dg(S(0));
+      V du(S(0)), dg(S(0)), sum_ds(S(0)), sum_p(S(0)), sum_p0(S(0)), sum_p1(S(0)), sum_phi(S(0));
       for (int64_t j = c0; j < c1; ++j) {
         const V d = V::load(ds + j * P + l);
         const V D = uv - V(t.y[j]);
@@ -507,6 +518,16 @@ struct Backward {
           a0 = fma(dg_, Phi::d_p0(D, p0, p1), a0);
           a1 = fma(dg_, Phi::d_p1(D, p0, p1), a1);
         }
+        if (settle) {
+          const V pv = V::load(prob + j * P + l);
+          sum_ds = sum_ds + d;
+          sum_p = sum_p + pv;
+          if (want_params) {
+            sum_p0 = fma(pv, Phi::d_p0(D, p0, p1), sum_p0);
+            sum_p1 = fma(pv, Phi::d_p1(D, p0, p1), sum_p1);
+          }
+          if (want_gamma) sum_phi = fma(pv, Phi::value(D, p0, p1), sum_phi);
+        }
         if (positions) {
           const V x = dg_ * Phi::slope(D, p0, p1);
           du = du + x;
@@ -515,10 +536,33 @@ struct Backward {
       }
       if (want_u) (V::load(w.du + l) + du).store(w.du + l);
       if (want_gamma) (V::load(w.dgamma + l) + dg).store(w.dgamma + l);
+      if (settle) {
+        (V::load(w.row_ds + l) + sum_ds).store(w.row_ds + l);
+        (V::load(w.row_p + l) + sum_p).store(w.row_p + l);
+        (V::load(w.row_p0 + l) + sum_p0).store(w.row_p0 + l);
+        (V::load(w.row_p1 + l) + sum_p1).store(w.row_p1 + l);
+        (V::load(w.row_phi + l) + sum_phi).store(w.row_phi + l);
+      }
     }
     if (want_params) { bg.params[0] += reduce_add(a0); bg.params[1] += reduce_add(a1); }
     if (bg.w)
       for (int64_t j = c0; j < c1; ++j) bg.w[j0 + j] -= reduce_add(V::load(key + (j - c0) * L));
+  }
+
+  // In 16 bits O was formed from rounded P, so delta = <dO, O> misses sum_j P dP by rho_i, and a gradient that weighs dS
+  // by distance amplifies the miss (4 times the error of eager torch was seen). The exact row sums are known now:
+  //   rho_i = sum_j dS_ij + delta_i (sum_j P_ij - 1) - dlse_i,   dp -= g_i rho_i sum_j P_ij dphi/dp,   dg_i -= rho_i sum_j P_ij phi.
+  void settle_rows(BwdScratch<E>& w, BiasGrad<S>& bg, int64_t b, int64_t h, int64_t i0, int64_t rows) const {
+    const S* dlse = a.dlse ? static_cast<const S*>(a.dlse) + (b * p.H + h) * p.Nq + i0 : nullptr;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (w.lse[r] == kInf<S>) continue;
+      const S rho = w.row_ds[r] + w.delta[r] * (w.row_p[r] - S(1)) - (dlse ? dlse[r] : S(0));
+      if (want_params) {
+        bg.params[0] -= w.block->gm[r] * rho * w.row_p0[r];
+        bg.params[1] -= w.block->gm[r] * rho * w.row_p1[r];
+      }
+      if (want_gamma) w.dgamma[r] -= rho * w.row_phi[r];
+    }
   }
 
   void store_task(int64_t task, int worker) {
