@@ -3,7 +3,7 @@
 option(FASTPE_EMU "Build the CUDA kernels for the emulator (tests only; needs x86-64)" OFF)
 
 # One instance file per element type and kind of bias.
-set(FASTPE_CUDA_SOURCES csrc/cuda/attn_fwd.cu)
+set(FASTPE_CUDA_SOURCES csrc/cuda/attn_fwd.cu csrc/cuda/elementwise.cu)
 foreach(type Bf16 F16)
   foreach(kind none rel table form)
     set(instance "${CMAKE_CURRENT_BINARY_DIR}/generated/attn_fwd_${type}_${kind}.cu")

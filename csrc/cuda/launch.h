@@ -19,4 +19,9 @@ int64_t attn_fwd_blocks(const AttnParams& p);
 size_t attn_fwd_workspace(const AttnParams& p);
 int attn_fwd(const AttnParams& p, void* workspace, void* stream, uint32_t* stats = nullptr);
 
+// float32 and the two 16-bit types.
+int rotate(const RotateParams& p, void* stream);
+int rope_table(const RopeTableParams& p, void* stream);
+int prefix_sum(const PrefixParams& p, void* stream);
+
 }  // namespace fastpe::cuda

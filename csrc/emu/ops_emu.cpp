@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <tuple>
+#include <vector>
 
 #include "binding/args.h"
 #include "cuda/launch.h"
@@ -46,6 +47,73 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   return {out, lse, residual};
 }
 
+Tensor rotate(Tensor x, Tensor table, int64_t layout, bool inverse) {
+  RotateParams p = read_rotate("rotate", "x", x, "table", table, layout, inverse);
+  check("rotate", p.dtype != DType::f64, "the kernels take float32, bfloat16 and float16, got float64");
+  Tensor y = empty_in_order(x, p.B, p.H, p.N, p.D);
+  p.y = view(y, y.mutable_data_ptr());
+  cuda::rotate(p, nullptr);
+  return y;
+}
+
+void rotate_(Tensor x, Tensor table, int64_t layout, bool inverse) {
+  RotateParams p = read_rotate("rotate_", "x", x, "table", table, layout, inverse);
+  check("rotate_", p.dtype != DType::f64, "the kernels take float32, bfloat16 and float16, got float64");
+  check_writable("rotate_", "x", x);
+  p.x.p = x.mutable_data_ptr();
+  p.y = p.x;
+  cuda::rotate(p, nullptr);
+}
+
+Tensor rope_table(Tensor positions, Tensor inv_freq, double amplitude, bool float32_product, bool out_f64) {
+  const Call c{"rope_table", positions};
+  check_dtype(c, "positions", positions, ScalarType::Double);
+  check_dtype(c, "inv_freq", inv_freq, ScalarType::Double);
+  const Tensor x = torch::stable::contiguous(positions), w = torch::stable::contiguous(inv_freq);
+  RopeTableParams p;
+  p.out_f64 = out_f64;
+  p.A = x.size(0), p.B = x.size(1), p.N = x.size(2), p.H = w.size(1), p.J = w.size(2);
+  p.positions = static_cast<const double*>(x.const_data_ptr());
+  p.inv_freq = static_cast<const double*>(w.const_data_ptr());
+  p.float32_product = float32_product;
+  p.amplitude = amplitude;
+  Tensor table = empty(positions, {2, p.B, p.H, p.N, p.J}, out_f64 ? ScalarType::Double : ScalarType::Float);
+  p.cos = table.mutable_data_ptr();
+  p.sin = offset(p.cos, table.stride(0), table);
+  cuda::rope_table(p, nullptr);
+  return table;
+}
+
+// Rows along the last axis; base: null for the plain sum.
+Tensor run_prefix(const Tensor& x, bool reverse, Tensor* base) {
+  const Tensor xc = torch::stable::contiguous(x);
+  const ScalarType t = xc.scalar_type();
+  check("prefix_sum", t == ScalarType::Float || t == ScalarType::Double, "x must be float32 or float64, got ", dtype_name(t));
+  PrefixParams p;
+  p.f64 = t == ScalarType::Double;
+  p.N = xc.size(xc.dim() - 1);
+  p.rows = p.N ? xc.numel() / p.N : 0;
+  p.x = xc.const_data_ptr();
+  p.reverse = reverse;
+  std::vector<int64_t> shape(xc.sizes().begin(), xc.sizes().end());
+  Tensor y = torch::stable::new_empty(xc, shape, t);
+  p.local = y.mutable_data_ptr();
+  if (base) {
+    shape.back() = (p.N + kPrefixBlock - 1) / kPrefixBlock;
+    *base = torch::stable::new_empty(xc, shape, ScalarType::Double);
+    p.base = static_cast<double*>(base->mutable_data_ptr());
+  }
+  cuda::prefix_sum(p, nullptr);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> prefix_sum(Tensor x, bool reverse) {
+  Tensor base;
+  Tensor local = run_prefix(x, reverse, &base);
+  return {local, base};
+}
+Tensor cumsum_exact(Tensor x, bool reverse) { return run_prefix(x, reverse, nullptr); }
+
 std::tuple<int64_t, int64_t> tile_counts() { return {g_visited.exchange(0), g_decayed.exchange(0)}; }
 
 }  // namespace
@@ -59,7 +127,20 @@ std::tuple<int64_t, int64_t> tile_counts() { return {g_visited.exchange(0), g_de
 
 STABLE_TORCH_LIBRARY(fastpe_emu, m) {
   m.def("attn_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS ", bool keep_residual) -> (Tensor out, Tensor lse, Tensor residual)");
+  m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
+  m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");
+  m.def("rotate_(Tensor(a!) x, Tensor table, int layout, bool inverse) -> ()");
+  m.def("prefix_sum(Tensor x, bool reverse) -> (Tensor local, Tensor base)");
+  m.def("cumsum_exact(Tensor x, bool reverse) -> Tensor");
   m.def("tile_counts() -> (int visited, int decayed)");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastpe_emu, CPU, m) { m.impl("attn_fwd", TORCH_BOX(&fastpe::binding::attn_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastpe_emu, CPU, m) {
+  using namespace fastpe::binding;
+  m.impl("attn_fwd", TORCH_BOX(&attn_fwd));
+  m.impl("rope_table", TORCH_BOX(&fastpe::binding::rope_table));
+  m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("rotate_", TORCH_BOX(&rotate_));
+  m.impl("prefix_sum", TORCH_BOX(&prefix_sum));
+  m.impl("cumsum_exact", TORCH_BOX(&cumsum_exact));
+}
 STABLE_TORCH_LIBRARY_IMPL(fastpe_emu, CompositeExplicitAutograd, m) { m.impl("tile_counts", TORCH_BOX(&fastpe::binding::tile_counts)); }
