@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -q -n 2
 DEMO_ARGS ?= --quick
 
 BIN := $(VENV)/bin
