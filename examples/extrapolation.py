@@ -503,7 +503,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
     s = results["settings"]
     lengths = [s["length"] * m for m in s["multiples"]]
     curves = {e: [r["perplexity"][str(n)]["last"] for n in lengths] for e, r in results["results"].items()}
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8.5, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for encoding in sorted(curves, key=lambda e: -curves[e][-1]):
@@ -528,7 +528,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
     axes.set_xlabel(f"length of the text read, bytes (trained at {s['length']})")
     axes.set_ylabel(f"perplexity per byte, last {s['length']} bytes")
     axes.set_title(f"Trained at {s['length']}, read at up to {lengths[-1]} ({s['steps']} steps)", fontsize=11)
-    axes.legend(title="encoding", fontsize=9, loc="upper left")
+    figure.legend(title=f"{lengths[0]} → {lengths[-1]}", fontsize=9, loc="outside right upper")
     figure.savefig(path, format="png")
 
 
