@@ -3,12 +3,14 @@
 option(FASTPE_EMU "Build the CUDA kernels for the emulator (tests only; needs x86-64)" OFF)
 
 # One instance file per element type and kind of bias.
-set(FASTPE_CUDA_SOURCES csrc/cuda/attn_fwd.cu csrc/cuda/elementwise.cu)
+set(FASTPE_CUDA_SOURCES csrc/cuda/attn_fwd.cu csrc/cuda/attn_bwd.cu csrc/cuda/elementwise.cu)
 foreach(type Bf16 F16)
   foreach(kind none rel table form)
-    set(instance "${CMAKE_CURRENT_BINARY_DIR}/generated/attn_fwd_${type}_${kind}.cu")
-    configure_file(csrc/cuda/attn_fwd_inst.cu.in "${instance}" @ONLY)
-    list(APPEND FASTPE_CUDA_SOURCES "${instance}")
+    foreach(pass fwd bwd)
+      set(instance "${CMAKE_CURRENT_BINARY_DIR}/generated/attn_${pass}_${type}_${kind}.cu")
+      configure_file(csrc/cuda/attn_${pass}_inst.cu.in "${instance}" @ONLY)
+      list(APPEND FASTPE_CUDA_SOURCES "${instance}")
+    endforeach()
   endforeach()
 endforeach()
 

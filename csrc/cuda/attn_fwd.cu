@@ -1,5 +1,6 @@
 // Forward attention: what runs before the kernel, and the choice of its instance.
 #include "attn_fwd.h"
+#include "host.h"
 #include "launch.cuh"
 #include "launch.h"
 #include "prepare.cuh"
@@ -7,30 +8,13 @@
 namespace fastpe::cuda {
 namespace {
 
-// Pieces of the workspace; a null base measures.
-struct Carver {
-  char* base;
-  size_t used = 0;
-  template <class X>
-  X* take(int64_t n) {
-    used = (used + 255) / 256 * 256;
-    X* p = base ? reinterpret_cast<X*>(base + used) : nullptr;
-    used += size_t(n) * sizeof(X);
-    return p;
-  }
-};
-
-bool aligned(const View& v) {
-  return reinterpret_cast<uintptr_t>(v.p) % 16 == 0 && v.sb % 8 == 0 && v.sh % 8 == 0 && v.sn % 8 == 0;
-}
-
 bool may_skip(const AttnParams& p) { return p.skip_eps > 0 && p.bias.form != BiasForm::none && !(p.softcap > 0); }
 
 Prepared carve(const AttnParams& p, Carver& c) {
   const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
   Prepared x;
   x.k = p.k;
-  if (p.k_rope.cos.p) x.k = {c.take<uint16_t>(p.B * p.Hk * p.Nk * p.D), p.Hk * p.Nk * p.D, p.Nk * p.D, p.D};
+  if (p.k_rope.cos.p) x.k = dense(c.take<uint16_t>(p.B * p.Hk * p.Nk * p.D), p.Hk, p.Nk, p.D);
   if (p.vis.k_ids) {
     const int64_t rows = p.vis.k_ids_sb ? p.B : 1;
     x.k_span = c.take<int32_t>(rows * tiles * 2);
@@ -88,8 +72,6 @@ int dispatch(int head_dim, const FwdArgs& a, uint32_t blocks, void* stream) {
     default: return launch_attn_fwd<T, Kind::form>(head_dim, a, blocks, stream);
   }
 }
-
-int class_of(const AttnParams& p) { return head_dim_class(p.D > p.Dv ? p.D : p.Dv); }
 
 }  // namespace
 

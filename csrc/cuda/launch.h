@@ -19,6 +19,11 @@ int64_t attn_fwd_blocks(const AttnParams& p);
 size_t attn_fwd_workspace(const AttnParams& p);
 int attn_fwd(const AttnParams& p, void* workspace, void* stream, uint32_t* stats = nullptr);
 
+// Gradients of q, k, v, row scale and everything of the forms of a distance; not of tables.
+constexpr int64_t kSupportedNeeds = need_q | need_k | need_v | need_params | need_gamma | need_u | need_w | need_row_scale;
+size_t attn_bwd_workspace(const AttnBwdParams& a);
+int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream);
+
 // float32 and the two 16-bit types.
 int rotate(const RotateParams& p, void* stream);
 int rope_table(const RopeTableParams& p, void* stream);

@@ -32,6 +32,10 @@ constexpr int fwd_block_m(int head_dim) { return head_dim <= 64 ? FwdTile<64>::k
 
 // How the kernels treat the bias forms; one instance of a kernel each.
 enum class Kind { none, rel, table, form };
+template <Kind k>
+struct KindTag {
+  static constexpr Kind value = k;
+};
 constexpr Kind kind_of(BiasForm f) {
   if (f == BiasForm::none) return Kind::none;
   if (pos::is_table(f)) return Kind::table;

@@ -47,6 +47,54 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   return {out, lse, residual};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attn_bwd(
+    Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
+    int64_t needs) {
+  const char* op = "attn_bwd";
+  const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
+  AttnBwdParams b;
+  b.fwd = read_attn(op, a);
+  AttnParams& p = b.fwd;
+  check(op, cuda::supported(p.dtype), "the kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()));
+  check(op, !(needs & ~cuda::kSupportedNeeds), "these kernels have no gradient of a bias table");
+  const Call c{op, q};
+  const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
+  // Copies live until the kernels have run.
+  const Tensor d_o = torch::stable::contiguous(dout), lse_c = torch::stable::contiguous(lse);
+  b.d_o = read_view(c, "dout", d_o);
+  p.o = read_view(c, "out", out);
+  if (residual) p.residual = read_view(c, "residual", *residual);
+  p.lse = read_ptr(lse_c);
+  OptTensor dlse_c;
+  if (dlse) {
+    dlse_c = torch::stable::contiguous(*dlse);
+    b.dlse = dlse_c->const_data_ptr();
+  }
+  b.needs = needs;
+  const auto like = [&](Needs bit, const Tensor& x, View& g) {
+    if (!(needs & bit)) return none(q, type);
+    Tensor t = empty_in_order(x, x.size(0), x.size(1), x.size(2), x.size(3));
+    g = view(t, t.mutable_data_ptr());
+    return t;
+  };
+  const auto grad_of = [&](Needs bit, const OptTensor& x, void*& g) {
+    if (!(needs & bit)) return none(q, aux);
+    std::vector<int64_t> shape(x->sizes().begin(), x->sizes().end());
+    Tensor t = torch::stable::new_empty(*x, shape, aux);
+    g = t.mutable_data_ptr();
+    return t;
+  };
+  Tensor dq = like(need_q, q, b.dq), dk = like(need_k, k, b.dk), dv = like(need_v, v, b.dv);
+  Tensor dparams = grad_of(need_params, bias_params, b.dparams), dgamma = grad_of(need_gamma, bias_gamma, b.dgamma);
+  Tensor du = grad_of(need_u, bias_u, b.du), dw = grad_of(need_w, bias_w, b.dw), drow_scale = grad_of(need_row_scale, row_scale, b.drow_scale);
+  Tensor workspace = empty(q, {int64_t(cuda::attn_bwd_workspace(b)) + 256}, ScalarType::Byte);
+  char* base = static_cast<char*>(workspace.mutable_data_ptr());
+  base += (256 - reinterpret_cast<uintptr_t>(base) % 256) % 256;
+  const int rc = cuda::attn_bwd(b, base, nullptr);
+  check(op, rc == 0, "a kernel could not be started (error ", rc, ")");
+  return {dq, dk, dv, dparams, dgamma, du, dw, none(q, aux), drow_scale};
+}
+
 Tensor rotate(Tensor x, Tensor table, int64_t layout, bool inverse) {
   RotateParams p = read_rotate("rotate", "x", x, "table", table, layout, inverse);
   check("rotate", p.dtype != DType::f64, "the kernels take float32, bfloat16 and float16, got float64");
@@ -127,6 +175,10 @@ std::tuple<int64_t, int64_t> tile_counts() { return {g_visited.exchange(0), g_de
 
 STABLE_TORCH_LIBRARY(fastpe_emu, m) {
   m.def("attn_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS ", bool keep_residual) -> (Tensor out, Tensor lse, Tensor residual)");
+  m.def(
+      "attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? residual, " FASTPE_ATTN_ARGS
+      ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dparams, Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, "
+      "Tensor drow_scale)");
   m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");
   m.def("rotate_(Tensor(a!) x, Tensor table, int layout, bool inverse) -> ()");
@@ -137,6 +189,7 @@ STABLE_TORCH_LIBRARY(fastpe_emu, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastpe_emu, CPU, m) {
   using namespace fastpe::binding;
   m.impl("attn_fwd", TORCH_BOX(&attn_fwd));
+  m.impl("attn_bwd", TORCH_BOX(&attn_bwd));
   m.impl("rope_table", TORCH_BOX(&fastpe::binding::rope_table));
   m.impl("rotate", TORCH_BOX(&rotate));
   m.impl("rotate_", TORCH_BOX(&rotate_));

@@ -13,7 +13,7 @@ from fastpe.testing.cases import BIASES, MASKS, NEEDS_KEYS, NEEDS_KEYS_MASK, ROP
 from fastpe.testing.compare import close_half, eager_attention, error
 
 # Three key tiles, the last one ragged.
-SMALL = Case(B=1, H=2, Hk=1, Nq=70, Nk=150, D=16, Dv=16)
+SMALL = Case(B=1, H=1, Hk=1, Nq=70, Nk=150, D=16, Dv=16)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,7 +36,7 @@ def test_bias(bias, causal, on_emulator):
     compare(dataclasses.replace(SMALL, bias=bias, causal=causal, seed=1), torch.bfloat16, on_emulator)
 
 
-@pytest.mark.parametrize("bias", ["none", "cable", "table"])
+@pytest.mark.parametrize("bias", ["none", "cable"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_mask(mask, bias, on_emulator):
     compare(dataclasses.replace(SMALL, B=2, bias=bias, mask=mask, seed=2), torch.float16, on_emulator)
@@ -46,7 +46,7 @@ def test_mask(mask, bias, on_emulator):
 def test_rope(layout_case, on_emulator):
     D, rope = layout_case
     assert rope in ROPES
-    compare(dataclasses.replace(SMALL, B=2, D=D, rope=rope, bias="alibi", causal=True, seed=3), torch.bfloat16, on_emulator)
+    compare(dataclasses.replace(SMALL, H=2, D=D, rope=rope, bias="alibi", causal=True, seed=3), torch.bfloat16, on_emulator)
 
 
 @pytest.mark.parametrize("score", [*((s,) for s in SCORE), ("softcap", "sink", "row_scale")], ids="+".join)
@@ -62,8 +62,9 @@ def test_head_dims(D, Dv, dtype, on_emulator):
 
 @pytest.mark.parametrize("Nq,Nk", [(1, 1), (1, 130), (64, 64), (65, 63), (130, 20), (129, 129), (63, 257), (5, 0), (0, 5)])
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-def test_lengths(Nq, Nk, causal, on_emulator):
-    case = dataclasses.replace(SMALL, H=3, Hk=3, Nq=Nq, Nk=Nk, bias="alibi", causal=causal, seed=6)
+@pytest.mark.parametrize("bias", ["none", "alibi"])
+def test_lengths(Nq, Nk, bias, causal, on_emulator):
+    case = dataclasses.replace(SMALL, H=2, Nq=Nq, Nk=Nk, bias=bias, causal=causal, seed=6)
     if Nq and Nk:
         compare(case, torch.bfloat16, on_emulator)
         return

@@ -354,8 +354,9 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     lse = l[x] == 0 ? -kInf : (top + lg2_approx(l[x])) * float(kLn2);
     if ((lane_index() & 3) == 0 && row_of(x) < p.Nq) static_cast<float*>(p.lse)[(b * p.H + h) * p.Nq + row_of(x)] = lse;
   }
-  // Through the warp's own rows of Q, so that stores to global memory are 16 bytes.
-  sync_warp();
+  // Through the warp's own rows of Q, so that stores to global memory are 16 bytes. A block without key tiles has not met
+  // since its warps loaded Q together.
+  sync_block();
   constexpr int kPasses = 2;
   FASTPE_NO_UNROLL
   for (int pass = 0; pass < kPasses; ++pass) {

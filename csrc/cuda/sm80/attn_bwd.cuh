@@ -1,0 +1,419 @@
+// Backward attention on mma.sync, for sm_80 and newer: two passes that recompute the scores, no atomics, every sum in a
+// fixed order.
+//
+// attn_bwd_q_kernel: one block per (batch, head, 64 queries) walks the key tiles. Rows of fragments are queries.
+//   S = Q K^T, dP = dO V^T, P = exp2(S - lse), dS = P (dP - delta), dQ += dS K
+//   and what belongs to a query row: gradients of row weight, row scale, query position, and the block's share of the two
+//   bias numbers.
+// attn_bwd_kv_kernel: one block per (batch, kv head, 64 keys) walks the heads of the group and their blocks of queries.
+// Rows of fragments are keys.
+//   S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q
+//   and the gradient of key positions, one row per head.
+// Shared memory: four tiles (Q, dO, K, V) of 64 rows, and 64 numbers of each kind below per query. The accumulators leave
+// through it in float32, where the rotation is undone before the only rounding.
+//
+// delta_i = <dO_i, O_i> - dlse_i. Q and K come rotated. Tiles no pair of which is visible are not touched.
+#pragma once
+
+#include "../bias_tile.cuh"
+#include "../plan.h"
+#include "../tile.cuh"
+
+namespace fastpe::cuda {
+
+struct BwdArgs {
+  AttnBwdParams a;
+  View q, k;      // rotated
+  float* delta;   // (B,H,Nq)
+  // Sums of one row or one block, float, dense; null: not asked for.
+  float *du, *dgamma, *drho;  // (B,H,Nq)
+  float* dparams;             // (B,H,query blocks,2)
+  float* dw;                  // (B,H,Nk)
+  bool aligned_q, aligned_k, aligned_v, aligned_do;
+};
+
+constexpr int kBwdBlock = 64, kBwdThreads = 128;
+template <int kD>
+struct BwdTile {
+  static constexpr uint32_t kTileBytes = kBwdBlock * kD * 2;
+  static constexpr uint32_t kQ = 0, kDo = kTileBytes, kK = 2 * kTileBytes, kV = 3 * kTileBytes;
+  static constexpr uint32_t kTable = 4 * kTileBytes, kRow = kTable + 2 * kBwdBlock * 4, kBytes = kRow + 8 * kBwdBlock * 4;
+};
+
+// delta, one warp per row.
+template <class T>
+FASTPE_KERNEL(128, 1) delta_kernel(const FASTPE_GRID_CONSTANT BwdArgs g) {
+  const AttnParams& p = g.a.fwd;
+  const int64_t row = int64_t(block_index()) * 4 + warp_index();
+  if (row >= p.B * p.H * p.Nq) return;
+  const int64_t i = row % p.Nq, h = row / p.Nq % p.H, b = row / p.Nq / p.H;
+  const uint16_t *x = row_at(g.a.d_o, b, h, i), *y = row_at(p.o, b, h, i), *z = p.residual.p ? row_at(p.residual, b, h, i) : nullptr;
+  float sum = 0;
+  for (int64_t d = lane_index(); d < p.Dv; d += 32) sum += T::wide(x[d]) * (T::wide(y[d]) + (z ? T::wide(z[d]) : 0.f));
+  FASTPE_UNROLL
+  for (uint32_t step = 16; step > 0; step /= 2) sum += shfl_xor(sum, step);
+  const bool empty = static_cast<const float*>(p.lse)[row] == -__builtin_inff();
+  if (lane_index() == 0) g.delta[row] = sum - (g.a.dlse && !empty ? static_cast<const float*>(g.a.dlse)[row] : 0.f);
+}
+
+// Value of a form at d and its derivatives.
+struct PhiGrad {
+  float value, slope, p0, p1;
+};
+FASTPE_NOINLINE PhiGrad phi_grad(BiasForm form, float d, float p0, float p1) {
+  PhiGrad r{0, 0, 0, 0};
+  pos::with_form(form, [&](auto f) {
+    using F = decltype(f);
+    r = {F::value(d, p0, p1), F::slope(d, p0, p1), F::d_p0(d, p0, p1), F::d_p1(d, p0, p1)};
+  });
+  return r;
+}
+
+struct Softcap {
+  float in, mul, grad;  // 2 / C; multiplier with log2 e; multiplier / C. in = 0: none
+  FASTPE_DEVICE explicit Softcap(const AttnParams& p)
+      : in(p.softcap > 0 ? float(2 / p.softcap) : 0.f), mul(float(p.softcap_mul * kLog2e)), grad(p.softcap > 0 ? float(p.softcap_mul / p.softcap) : 1.f) {}
+  // Caps x and returns the derivative.
+  FASTPE_DEVICE float apply(float& x) const {
+    if (in == 0) return 1.f;
+    const float th = 1.f - 2.f / (1.f + ex2_approx(x * in));
+    x = mul * th;
+    return grad * (1.f - th * th);
+  }
+};
+
+// acc[d][e] of each warp's 16 rows, times `factor`, to global memory with the rotation undone. `first` is token 0's row;
+// `rope` belongs to these tokens. The whole block calls it, and reads nothing else from shared memory afterwards.
+template <class T, int kD>
+FASTPE_DEVICE void store_unrotated(float (&acc)[kD / 8][4], float factor, uint32_t smem, const View& out, int64_t b, int64_t h, int64_t n0, int rows, int64_t D, const Rope* rope, int64_t J, RopeLayout layout) {
+  constexpr uint32_t kPitch = kD * 4;
+  sync_block();
+  FASTPE_UNROLL
+  for (int d = 0; d < kD / 8; ++d)
+    FASTPE_UNROLL
+    for (int e = 0; e < 4; ++e) st_shared_f32(smem + (warp_index() * 16 + frag_row(e >> 1)) * kPitch + (8 * d + frag_col(e & 1)) * 4, acc[d][e] * factor);
+  sync_block();
+  const int slots = int(D / 2);
+  FASTPE_NO_UNROLL
+  for (int item = int(thread_index()); item < rows * slots; item += kBwdThreads) {
+    const int row = item / slots, slot = item % slots;
+    const bool rotated = rope && slot < J, half = rotated && layout == RopeLayout::half;
+    const int first = half ? slot : 2 * slot, second = half ? slot + int(J) : 2 * slot + 1;
+    float x = ld_shared_f32(smem + uint32_t(row) * kPitch + first * 4), y = ld_shared_f32(smem + uint32_t(row) * kPitch + second * 4);
+    if (rotated) pos::rotate_pair(x, y, aux_at<float>(rope->cos, b, h, n0 + row)[slot], -aux_at<float>(rope->sin, b, h, n0 + row)[slot]);
+    uint16_t* to = static_cast<uint16_t*>(out.p) + b * out.sb + h * out.sh + (n0 + row) * out.sn;
+    to[first] = T::narrow(x);
+    to[second] = T::narrow(y);
+  }
+}
+
+// C fragments of A B^T over kD channels: rows of A from warp * 16, 64 rows of B.
+template <class T, int kD>
+FASTPE_DEVICE void product_nt(float (&c)[kBwdBlock / 8][4], uint32_t a, uint32_t b) {
+  FASTPE_UNROLL
+  for (int n = 0; n < kBwdBlock / 8; ++n)
+    FASTPE_UNROLL
+    for (int e = 0; e < 4; ++e) c[n][e] = 0;
+  FASTPE_UNROLL
+  for (int k = 0; k < kD / 16; ++k) {
+    uint32_t fa[4], fb[4];
+    ldmatrix_x4(fa, fragment_at<kD>(a, warp_index() * 16, 2 * k));
+    FASTPE_UNROLL
+    for (int n = 0; n < kBwdBlock / 16; ++n) {
+      ldmatrix_x4(fb, fragment_at<kD>(b, 16 * n, 2 * k));
+      mma<T>(c[2 * n], fa, fb[0], fb[2]);
+      mma<T>(c[2 * n + 1], fa, fb[1], fb[3]);
+    }
+  }
+}
+// acc += C B, C as the C fragments of an earlier product, B 64 rows of kD channels.
+template <class T, int kD>
+FASTPE_DEVICE void product_nn(float (&acc)[kD / 8][4], const float (&c)[kBwdBlock / 8][4], uint32_t b) {
+  FASTPE_UNROLL
+  for (int k = 0; k < kBwdBlock / 16; ++k) {
+    uint32_t fa[4], fb[4];
+    FASTPE_UNROLL
+    for (int r = 0; r < 4; ++r) fa[r] = T::pack(c[2 * k + (r >> 1)][2 * (r & 1)], c[2 * k + (r >> 1)][2 * (r & 1) + 1]);
+    FASTPE_UNROLL
+    for (int d = 0; d < kD / 16; ++d) {
+      ldmatrix_x4_trans(fb, fragment_at<kD>(b, 16 * k, 2 * d));
+      mma<T>(acc[2 * d], fa, fb[0], fb[1]);
+      mma<T>(acc[2 * d + 1], fa, fb[2], fb[3]);
+    }
+  }
+}
+
+// Whether query i sees key j: ids and the dense mask. Indices are in range.
+FASTPE_DEVICE bool sees(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  if (p.vis.k_ids) {
+    const int32_t id = p.vis.k_ids[b * p.vis.k_ids_sb + j];
+    if (id < 0 || id != p.vis.q_ids[b * p.vis.q_ids_sb + i]) return false;
+  }
+  return !p.vis.mask || p.vis.mask[b * p.vis.mask_sb + h * p.vis.mask_sh + i * p.vis.mask_sn + j * p.vis.mask_sk];
+}
+
+template <class T, int kD, Kind kKind>
+FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdArgs g) {
+  using Shape = BwdTile<kD>;
+  constexpr int kNt = kBwdBlock / 8;
+  const AttnParams& p = g.a.fwd;
+  const float kInf = __builtin_inff();
+  const int64_t nqb = tiles::ceil_div(p.Nq, kBwdBlock), bh = block_index() / nqb, qb = nqb - 1 - block_index() % nqb;
+  const int64_t b = bh / p.H, h = bh % p.H, hk = h / (p.H / p.Hk);
+  const int64_t offset = p.Nk - p.Nq, i0 = qb * kBwdBlock, I0 = i0 + offset;
+  const int rows = int(p.Nq - i0 < kBwdBlock ? p.Nq - i0 : kBwdBlock);
+  const int64_t I1 = I0 + rows;
+  const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
+  const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sO = smem + Shape::kDo, sK = smem + Shape::kK, sV = smem + Shape::kV, sT = smem + Shape::kTable;
+  const auto local_row = [&](int x) { return int(warp_index() * 16 + frag_row(uint32_t(x))); };
+  const auto row_of = [&](int x) { return i0 + local_row(x); };
+
+  load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0), g.q.sn, rows, int(p.D), g.aligned_q);
+  load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
+  cp_async_commit();
+
+  RowBias<kKind, 2> rb;
+  rb.start(p, b, h, offset, row_of);
+  const Softcap cap(p);
+  float c[2], rho[2], lse[2], delta[2], drho[2] = {}, dgamma[2] = {}, du[2] = {}, dp0 = 0, dp1 = 0;
+  FASTPE_UNROLL
+  for (int x = 0; x < 2; ++x) {
+    const int64_t i = row_of(x) < p.Nq ? row_of(x) : p.Nq - 1, at = bh * p.Nq + i;
+    rho[x] = p.row_scale.p ? *aux_at<float>(p.row_scale, b, h, i) : 1.f;
+    c[x] = float(p.scale) * rho[x] * float(kLog2e);
+    const float v = static_cast<const float*>(p.lse)[at];
+    // Rows that see nothing, and rows past the last one, have P = 0.
+    lse[x] = v == -kInf || row_of(x) >= p.Nq ? kInf : v * float(kLog2e);
+    delta[x] = g.delta[at];
+  }
+  const bool bias_grad = (kKind == Kind::rel || kKind == Kind::form) && (g.du || g.dgamma || g.dparams);
+
+  float dq[kD / 8][4];
+  FASTPE_UNROLL
+  for (int d = 0; d < kD / 8; ++d)
+    FASTPE_UNROLL
+    for (int e = 0; e < 4; ++e) dq[d][e] = 0;
+
+  TileWalk walk(band, I0, I1, p.Nk);
+  FASTPE_NO_UNROLL
+  for (int t = walk.next(); t >= 0; t = walk.next()) {
+    const int64_t j0 = int64_t(t) * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
+    const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
+    if (see.lo >= see.hi) continue;
+    const int keys = int(j1 - j0);
+    // Everyone has finished with the tiles of the round before.
+    sync_block();
+    load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0), g.k.sn, keys, int(p.D), g.aligned_k);
+    load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
+    cp_async_commit();
+    if constexpr (kKind == Kind::table) {
+      const float* table = aux_at<float>(p.bias.table, 0, h);
+      const int x = int(thread_index());
+      if (x < 2 * kBwdBlock - 1) st_shared_f32(sT + 4 * x, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + x, p.bias.table_len)] * float(kLog2e));
+    }
+    cp_async_wait<0>();
+    sync_block();
+    float s[kNt][4], dp[kNt][4];
+    product_nt<T, kD>(s, sQ, sK);
+    product_nt<T, kD>(dp, sO, sV);
+
+    rb.tile(j0, j1, I0, I1, band.right == 1);
+    const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = p.vis.k_ids || p.vis.mask;
+    Columns seen[2];
+    FASTPE_UNROLL
+    for (int x = 0; x < 2; ++x) seen[x] = columns_of_row(band, row_of(x) + offset, j0, p.Nk);
+    FASTPE_UNROLL
+    for (int n = 0; n < kNt; ++n)
+      FASTPE_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int col = int(8 * n + frag_col(uint32_t(e)));
+        float y = 0;
+        if constexpr (kKind == Kind::rel || kKind == Kind::form) y = rb.key(col, keys);
+        FASTPE_UNROLL
+        for (int x = 0; x < 2; ++x) {
+          float& v = s[n][2 * x + e];
+          const float raw = v;
+          v *= c[x];
+          const float slope = cap.apply(v);
+          if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(local_row(x) + (kBlockN - 1) - col));
+          else v = rb.add(x, v, y);
+          bool visible = !cut || seen[x].see(col);
+          if (data) visible = visible && col < keys && row_of(x) < p.Nq && sees(p, b, h, row_of(x), j0 + col);
+          const float prob = visible ? ex2_approx(v - lse[x]) : 0.f;
+          // An infinite dO times a hidden key must not leak.
+          const float ds = prob == 0 ? 0.f : prob * (dp[n][2 * x + e] - delta[x]);
+          drho[x] += ds * slope * raw;
+          if (bias_grad) {
+            const PhiGrad f = phi_grad(p.bias.form, rb.r[x] - y, rb.p0, rb.p1);
+            dgamma[x] += ds * f.value;
+            du[x] += ds * rb.gm[x] * f.slope;
+            dp0 += ds * rb.gm[x] * f.p0;
+            dp1 += ds * rb.gm[x] * f.p1;
+          }
+          v = ds * slope * rho[x];
+        }
+      }
+    product_nn<T, kD>(dq, s, sK);
+  }
+  cp_async_wait<0>();
+  FASTPE_UNROLL
+  for (int x = 0; x < 2; ++x) {
+    const int64_t at = bh * p.Nq + row_of(x);
+    FASTPE_UNROLL
+    for (uint32_t step = 1; step < 4; step *= 2) {
+      drho[x] += shfl_xor(drho[x], step);
+      dgamma[x] += shfl_xor(dgamma[x], step);
+      du[x] += shfl_xor(du[x], step);
+    }
+    if ((lane_index() & 3) != 0 || row_of(x) >= p.Nq) continue;
+    if (g.drho) g.drho[at] = drho[x] * float(p.scale);
+    if (g.dgamma) g.dgamma[at] = dgamma[x];
+    if (g.du) g.du[at] = du[x];
+  }
+  if (g.dparams) {
+    FASTPE_UNROLL
+    for (uint32_t step = 1; step < 32; step *= 2) {
+      dp0 += shfl_xor(dp0, step);
+      dp1 += shfl_xor(dp1, step);
+    }
+    const uint32_t at = smem + Shape::kRow;
+    if (lane_index() == 0) {
+      st_shared_f32(at + warp_index() * 8, dp0);
+      st_shared_f32(at + warp_index() * 8 + 4, dp1);
+    }
+    sync_block();
+    if (thread_index() < 2) {
+      float sum = 0;
+      for (uint32_t w = 0; w < 4; ++w) sum += ld_shared_f32(at + w * 8 + thread_index() * 4);
+      g.dparams[(bh * nqb + qb) * 2 + thread_index()] = sum;
+    }
+  }
+  if (g.a.dq.p) store_unrotated<T, kD>(dq, float(p.scale), smem, g.a.dq, b, h, i0, rows, p.D, p.q_rope.cos.p ? &p.q_rope : nullptr, p.rope_pairs, p.rope_layout);
+}
+
+template <class T, int kD, Kind kKind>
+FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdArgs g) {
+  using Shape = BwdTile<kD>;
+  constexpr int kNt = kBwdBlock / 8;
+  const AttnParams& p = g.a.fwd;
+  const float kInf = __builtin_inff();
+  const int64_t nkt = tiles::ceil_div(p.Nk, kBlockN), nqb = tiles::ceil_div(p.Nq, kBwdBlock), group = p.H / p.Hk;
+  const int64_t bk = block_index() / nkt, b = bk / p.Hk, hk = bk % p.Hk, j0 = block_index() % nkt * kBlockN;
+  const int64_t offset = p.Nk - p.Nq, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
+  const int keys = int(j1 - j0);
+  const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
+  const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sO = smem + Shape::kDo, sK = smem + Shape::kK, sV = smem + Shape::kV, sT = smem + Shape::kTable;
+  // By query of the tile: scale with log2 e, row scale, lse, delta, position relative to the anchor, weight, weight * log2 e.
+  const auto row_data = [&](int kind, int query) { return smem + Shape::kRow + uint32_t(kind * kBwdBlock + query) * 4; };
+  const auto local_key = [&](int x) { return int(warp_index() * 16 + frag_row(uint32_t(x))); };
+
+  load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0), g.k.sn, keys, int(p.D), g.aligned_k);
+  load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
+  cp_async_commit();
+  const Softcap cap(p);
+  float dk[kD / 8][4], dv[kD / 8][4];
+  FASTPE_UNROLL
+  for (int d = 0; d < kD / 8; ++d)
+    FASTPE_UNROLL
+    for (int e = 0; e < 4; ++e) dk[d][e] = dv[d][e] = 0;
+
+  FASTPE_NO_UNROLL
+  for (int64_t x = 0; x < group; ++x) {
+    const int64_t h = hk * group + x, bh = b * p.H + h;
+    float dw[2] = {};
+    FASTPE_NO_UNROLL
+    for (int64_t qb = 0; qb < nqb; ++qb) {
+      const int64_t i0 = qb * kBwdBlock, I0 = i0 + offset;
+      const int rows = int(p.Nq - i0 < kBwdBlock ? p.Nq - i0 : kBwdBlock);
+      const int64_t I1 = I0 + rows;
+      const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
+      if (see.lo >= see.hi) continue;
+      sync_block();
+      load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0), g.q.sn, rows, int(p.D), g.aligned_q);
+      load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
+      cp_async_commit();
+      // One query a thread: RowBias of that query alone.
+      RowBias<kKind, 1> rb;
+      const int mine = int(thread_index() % kBwdBlock);
+      rb.start(p, b, h, offset, [&](int) { return i0 + mine; });
+      rb.tile(j0, j1, I0, I1, band.right == 1);
+      if (thread_index() < kBwdBlock) {
+        const int64_t i = mine < rows ? i0 + mine : p.Nq - 1, at = bh * p.Nq + i;
+        const float rho = p.row_scale.p ? *aux_at<float>(p.row_scale, b, h, i) : 1.f, lse = static_cast<const float*>(p.lse)[at];
+        st_shared_f32(row_data(0, mine), float(p.scale) * rho * float(kLog2e));
+        st_shared_f32(row_data(1, mine), rho);
+        st_shared_f32(row_data(2, mine), lse == -kInf || mine >= rows ? kInf : lse * float(kLog2e));
+        st_shared_f32(row_data(3, mine), g.delta[at]);
+        if constexpr (kKind == Kind::rel || kKind == Kind::form) {
+          st_shared_f32(row_data(4, mine), rb.r[0]);
+          st_shared_f32(row_data(5, mine), rb.gm[0]);
+          st_shared_f32(row_data(6, mine), rb.g[0]);
+        }
+      }
+      if constexpr (kKind == Kind::table) {
+        const float* table = aux_at<float>(p.bias.table, 0, h);
+        const int at = int(thread_index());
+        if (at < 2 * kBwdBlock - 1) st_shared_f32(sT + 4 * at, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + at, p.bias.table_len)] * float(kLog2e));
+      }
+      cp_async_wait<0>();
+      sync_block();
+      float s[kNt][4], ds[kNt][4];
+      product_nt<T, kD>(s, sK, sQ);
+      product_nt<T, kD>(ds, sV, sO);
+
+      const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = p.vis.k_ids || p.vis.mask;
+      float y[2] = {};
+      if constexpr (kKind == Kind::rel || kKind == Kind::form) {
+        y[0] = rb.key(local_key(0), keys);
+        y[1] = rb.key(local_key(1), keys);
+      }
+      FASTPE_UNROLL
+      for (int n = 0; n < kNt; ++n)
+        FASTPE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int query = int(8 * n + frag_col(uint32_t(e)));
+          const float c = ld_shared_f32(row_data(0, query)), rho = ld_shared_f32(row_data(1, query));
+          const float lse = ld_shared_f32(row_data(2, query)), delta = ld_shared_f32(row_data(3, query));
+          float weight = 0;
+          if constexpr (kKind == Kind::rel || kKind == Kind::form) {
+            rb.r[0] = ld_shared_f32(row_data(4, query));
+            weight = ld_shared_f32(row_data(5, query));
+            rb.g[0] = ld_shared_f32(row_data(6, query));
+          }
+          FASTPE_UNROLL
+          for (int z = 0; z < 2; ++z) {
+            float& v = s[n][2 * z + e];
+            v *= c;
+            const float slope = cap.apply(v);
+            if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(query + (kBlockN - 1) - local_key(z)));
+            else v = rb.add(0, v, y[z]);
+            const int64_t j = j0 + local_key(z);
+            bool visible = !cut || (j < j1 && pos::visible(band, I0 + query, j));
+            if (data) visible = visible && j < j1 && query < rows && sees(p, b, h, i0 + query, j);
+            const float prob = visible ? ex2_approx(v - lse) : 0.f;
+            float& d = ds[n][2 * z + e];
+            d = prob == 0 ? 0.f : prob * (d - delta);
+            if constexpr (kKind == Kind::rel || kKind == Kind::form)
+              if (g.dw) dw[z] -= d * weight * phi_grad(p.bias.form, rb.r[0] - y[z], rb.p0, rb.p1).slope;
+            d *= slope * rho;
+            v = prob;
+          }
+        }
+      product_nn<T, kD>(dv, s, sO);
+      product_nn<T, kD>(dk, ds, sQ);
+    }
+    if (g.dw) {
+      FASTPE_UNROLL
+      for (int z = 0; z < 2; ++z) {
+        dw[z] += shfl_xor(dw[z], 1);
+        dw[z] += shfl_xor(dw[z], 2);
+        if ((lane_index() & 3) == 0 && local_key(z) < keys) g.dw[bh * p.Nk + j0 + local_key(z)] = dw[z];
+      }
+    }
+  }
+  cp_async_wait<0>();
+  if (g.a.dk.p) store_unrotated<T, kD>(dk, float(p.scale), smem, g.a.dk, b, hk, j0, keys, p.D, p.k_rope.cos.p ? &p.k_rope : nullptr, p.rope_pairs, p.rope_layout);
+  if (g.a.dv.p) store_unrotated<T, kD>(dv, 1.f, smem, g.a.dv, b, hk, j0, keys, p.Dv, nullptr, 0, p.rope_layout);
+}
+
+}  // namespace fastpe::cuda
