@@ -291,7 +291,9 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
   if (g.a.dq.p) store_unrotated<T, kD>(dq, float(p.scale), smem, g.a.dq, b, h, i0, rows, p.D, p.q_rope.cos.p ? &p.q_rope : nullptr, p.rope_pairs, p.rope_layout);
 }
 
-template <class T, int kD, Kind kKind>
+// kDk, kDv: which of the two gradients this launch forms. Above 128 channels both accumulators do not fit the registers
+// (2 KB spilled a thread), so there are two launches.
+template <class T, int kD, Kind kKind, bool kDk, bool kDv>
 FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdArgs g) {
   using Shape = BwdTile<kD>;
   constexpr int kNt = kBwdBlock / 8;
@@ -311,11 +313,15 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
   load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
   cp_async_commit();
   const Softcap cap(p);
-  float dk[kD / 8][4], dv[kD / 8][4];
+  constexpr int kDkTiles = kDk ? kD / 8 : 1, kDvTiles = kDv ? kD / 8 : 1;
+  float dk[kDkTiles][4], dv[kDvTiles][4];
   FASTPE_UNROLL
-  for (int d = 0; d < kD / 8; ++d)
+  for (int e = 0; e < 4; ++e) {
     FASTPE_UNROLL
-    for (int e = 0; e < 4; ++e) dk[d][e] = dv[d][e] = 0;
+    for (int d = 0; d < kDkTiles; ++d) dk[d][e] = 0;
+    FASTPE_UNROLL
+    for (int d = 0; d < kDvTiles; ++d) dv[d][e] = 0;
+  }
 
   FASTPE_NO_UNROLL
   for (int64_t x = 0; x < group; ++x) {
@@ -359,7 +365,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
       sync_block();
       float s[kNt][4], ds[kNt][4];
       product_nt<T, kD>(s, sK, sQ);
-      product_nt<T, kD>(ds, sV, sO);
+      if constexpr (kDk) product_nt<T, kD>(ds, sV, sO);
 
       const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = p.vis.k_ids || p.vis.mask;
       float y[2] = {};
@@ -391,18 +397,20 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
             bool visible = !cut || (j < j1 && pos::visible(band, I0 + query, j));
             if (data) visible = visible && j < j1 && query < rows && sees(p, b, h, i0 + query, j);
             const float prob = visible ? ex2_approx(v - lse) : 0.f;
-            float& d = ds[n][2 * z + e];
-            d = prob == 0 ? 0.f : prob * (d - delta);
-            if constexpr (kKind == Kind::rel || kKind == Kind::form)
-              if (g.dw) dw[z] -= d * weight * phi_grad(p.bias.form, rb.r[0] - y[z], rb.p0, rb.p1).slope;
-            d *= slope * rho;
+            if constexpr (kDk) {
+              float& d = ds[n][2 * z + e];
+              d = prob == 0 ? 0.f : prob * (d - delta);
+              if constexpr (kKind == Kind::rel || kKind == Kind::form)
+                if (g.dw) dw[z] -= d * weight * phi_grad(p.bias.form, rb.r[0] - y[z], rb.p0, rb.p1).slope;
+              d *= slope * rho;
+            }
             v = prob;
           }
         }
-      product_nn<T, kD>(dv, s, sO);
-      product_nn<T, kD>(dk, ds, sQ);
+      if constexpr (kDv) product_nn<T, kD>(dv, s, sO);
+      if constexpr (kDk) product_nn<T, kD>(dk, ds, sQ);
     }
-    if (g.dw) {
+    if (kDk && g.dw) {
       FASTPE_UNROLL
       for (int z = 0; z < 2; ++z) {
         dw[z] += shfl_xor(dw[z], 1);
@@ -412,8 +420,10 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
     }
   }
   cp_async_wait<0>();
-  if (g.a.dk.p) store_unrotated<T, kD>(dk, float(p.scale), smem, g.a.dk, b, hk, j0, keys, p.D, p.k_rope.cos.p ? &p.k_rope : nullptr, p.rope_pairs, p.rope_layout);
-  if (g.a.dv.p) store_unrotated<T, kD>(dv, 1.f, smem, g.a.dv, b, hk, j0, keys, p.Dv, nullptr, 0, p.rope_layout);
+  if constexpr (kDk)
+    if (g.a.dk.p) store_unrotated<T, kD>(dk, float(p.scale), smem, g.a.dk, b, hk, j0, keys, p.D, p.k_rope.cos.p ? &p.k_rope : nullptr, p.rope_pairs, p.rope_layout);
+  if constexpr (kDv)
+    if (g.a.dv.p) store_unrotated<T, kD>(dv, 1.f, smem, g.a.dv, b, hk, j0, keys, p.Dv, nullptr, 0, p.rope_layout);
 }
 
 }  // namespace fastpe::cuda
