@@ -9,6 +9,11 @@
   "Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor? row_scale, Tensor? sink, float scale, float softcap, " \
   "float softcap_mul, float skip_eps"
 
+// What cope_fwd and cope_bwd have in common.
+#define FASTPE_COPE_ARGS \
+  "Tensor? gate_q, Tensor? gate_k, Tensor? table, Tensor? q_rope, Tensor? k_rope, int rope_layout, int left, int right, " \
+  "int sinks, Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor? sink, float scale, float gate_scale, float table_scale"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
   m.def(
       "attn_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS
@@ -18,6 +23,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
       "Tensor? residual, " FASTPE_ATTN_ARGS
       ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dparams, "
       "Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, Tensor drow_scale)");
+  m.def(
+      "cope_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_COPE_ARGS
+      ", bool training) -> (Tensor out, Tensor lse, Tensor carry, Tensor residual)");
+  m.def(
+      "cope_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor carry, "
+      "Tensor? residual, " FASTPE_COPE_ARGS
+      ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate_q, Tensor dgate_k, Tensor dtable)");
   m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");
   m.def("rotate_(Tensor(a!) x, Tensor table, int layout, bool inverse) -> ()");

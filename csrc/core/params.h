@@ -103,6 +103,37 @@ struct AttnBwdParams {
   void *dparams = nullptr, *dgamma = nullptr, *du = nullptr, *dw = nullptr, *dtable = nullptr, *drow_scale = nullptr;
 };
 
+// Attention whose bias counts gates: bias.md 3.8 and 4. With a_ij the gate logit of a visible pair (times gate_scale),
+//   table:      p_ij = min(sum over t >= j of sigmoid(a_it), npos - 1), b_ij = table_scale * (z_i at p_ij, linear between
+//               its entries), z_i = q_i table
+//   no table:   b_ij = table_scale * sum over j <= t < I of log sigmoid(a_it)
+// attn.vis must be causal (right = 1); attn.bias, row_scale, softcap and skip_eps are not used.
+struct CopeParams {
+  AttnParams attn;
+  View gate_q;             // (B,H,Nq,G); p may be null: q
+  View gate_k;             // (B,Hk,Nk,G); p may be null: k, whose products with q are the gate logits
+  int64_t G = 0;           // D where gate_q is null
+  const void* table = nullptr;  // (D,npos) aux, contiguous; may be null
+  int64_t npos = 0;
+  double gate_scale = 1, table_scale = 1;
+  // What the scan has counted to the right of each key tile: aux (B, H, query blocks, key tiles, 2, kBlockQ), the count
+  // and what rounding took from it. 8 bytes for each kCopeBlockK scores of a row. Forward: may be null, not kept.
+  void* carry = nullptr;
+};
+constexpr int64_t kCopeBlockK = 64;
+
+enum CopeNeeds : int64_t { cope_need_q = 1, cope_need_k = 2, cope_need_v = 4, cope_need_gate_q = 8, cope_need_gate_k = 16, cope_need_table = 32 };
+
+// Gradients, laid out as in AttnBwdParams.
+struct CopeBwdParams {
+  CopeParams fwd;
+  View d_o;
+  const void* dlse = nullptr;
+  View dq, dk, dv, dgate_q, dgate_k;
+  void* dtable = nullptr;
+  int64_t needs = 0;
+};
+
 // y = rotate(x), x and y (B,H,N,D) of one dtype; y may be x.
 struct RotateParams {
   DType dtype = DType::f32;

@@ -4,6 +4,8 @@
 
 #include "attn_bwd.cpp"
 #include "attn_fwd.cpp"
+#include "cope_bwd.cpp"
+#include "cope_fwd.cpp"
 #include "peak.cpp"
 #include "prefix.cpp"
 #include "rotate.cpp"
@@ -18,6 +20,8 @@ const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA) = {
     FASTPE_STR(FASTPE_ISA),
     fastpe::cpu::FASTPE_ISA::attn_fwd,
     fastpe::cpu::FASTPE_ISA::attn_bwd,
+    fastpe::cpu::FASTPE_ISA::cope_fwd,
+    fastpe::cpu::FASTPE_ISA::cope_bwd,
     fastpe::cpu::FASTPE_ISA::rotate,
     fastpe::cpu::FASTPE_ISA::rope_table,
     fastpe::cpu::FASTPE_ISA::prefix_sum,

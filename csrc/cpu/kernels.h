@@ -9,6 +9,8 @@ struct KernelTable {
   const char* isa;  // "generic", "avx2", "avx512", "avx512bf16"
   void (*attn_fwd)(const AttnParams&, const Runtime&, TileStats*);     // stats may be null
   void (*attn_bwd)(const AttnBwdParams&, const Runtime&, TileStats*);  // stats may be null
+  void (*cope_fwd)(const CopeParams&, const Runtime&, TileStats*);
+  void (*cope_bwd)(const CopeBwdParams&, const Runtime&, TileStats*);
   void (*rotate)(const RotateParams*, int count, const Runtime&);      // count tensors in one pass
   void (*rope_table)(const RopeTableParams&, const Runtime&);
   void (*prefix_sum)(const PrefixParams&, const Runtime&);
