@@ -27,7 +27,8 @@ CASES: dict[str, tuple[str, ...] | None] = {
         "bucket_bi_32_128", "bucket_uni_32_128", "bucket_uni_64_512", "encoder_temperature", "encoder_padded", "neox_causal_scaled_table",
     ),
     "bias_cable": ("v3_weighted_bidirectional_padded", "kernel_weighted", "nw_softplus_gqa_offset"),
-    "bias_fox": ("offset", "left_padded", "strong_decay", "xt_bidirectional"),
+    "bias_fox": ("offset", "left_padded", "strong_decay", "xt_bidirectional", "per_row_contextual"),
+    "bias_cope": ("sep_key", "val_gates", "xt_listing"),
     "bias_sandwich": None,
     "bias_score_mods": (
         "head_row_scale_with_alibi", "softcap_then_alibi", "sink_with_prefix_bias", "window_sink_alibi",

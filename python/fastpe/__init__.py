@@ -1,7 +1,7 @@
 """Fused attention for PyTorch in which position is part of the tile."""
 
 from . import _load  # the compiled libraries first: everything below registers rules for their ops
-from . import _rope_ops, ops
+from . import _cope_ops, _rope_ops, ops
 from . import bias, config, mask, nn, positions, reference, rope
 from ._info import info
 from ._rope import Rope

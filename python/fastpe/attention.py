@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from . import _check, config
-from ._call import Call, OpBias
+from ._call import Call, OpBias, OpMask
+from ._cope import Contextual
 from ._rope import Rope
 from .bias import FORMS, Bias
 from .mask import Mask, causal
@@ -107,8 +108,12 @@ def attention(
         # Learned angles need the gradient of the rotated tensors, which the attention kernels never hold.
         query, key = torch.ops.fastpe.rotate_pair(query, key, q_rope, k_rope, layout, False)
         q_rope = k_rope = None
-    b = OpBias() if bias is None else bias.op_args(call)
     seen = Mask().op_args(call) if mask is None else mask.op_args(call)
+    if isinstance(bias, Contextual):
+        others = {"head_scale": head_scale, "row_scale": row_scale, "softcap": softcap or None, "temperature": temperature}
+        out, lse = _contextual(call, query, key, value, bias, (q_rope, k_rope, layout), seen, scale, sink, others)
+        return (out, lse) if return_lse else out
+    b = OpBias() if bias is None else bias.op_args(call)
     rho, scale = _row_scale(call, head_scale, row_scale, scale)
     softcap_mul = softcap
     if temperature is not None:
@@ -127,6 +132,33 @@ def attention(
         rho, sink, scale, softcap, softcap_mul, config.skip_bound_for(query.dtype), keep_residual,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _contextual(call: Call, query, key, value, bias: Contextual, rotation, seen: OpMask, scale: float, sink, others):
+    """out and lse of a call whose bias reads query and key."""
+    what = type(bias).__name__
+    for name in ("head_scale", "temperature"):
+        if isinstance(others[name], Tensor):
+            raise NotImplementedError(f"{_WHERE}: a {name} tensor does not go with bias {what}; use a number")
+    for name, instead in (("row_scale", "scale the rows of query, which scales their gates too"), ("softcap", "leave it out")):
+        if others[name] is not None:
+            raise NotImplementedError(f"{_WHERE}: {name} does not go with bias {what}; {instead}")
+    args = bias.cope_args(call, query, key, value)
+    table_scale = args.table_scale
+    if others["head_scale"] is not None:
+        scale *= _check.number(_WHERE, "head_scale", others["head_scale"])
+    if others["temperature"] is not None:
+        temperature = _check.number(_WHERE, "temperature", others["temperature"], positive=True)
+        scale, table_scale = scale / temperature, table_scale / temperature
+    if sink is not None:
+        sink = _sink(call, sink)
+    inputs = (query, key, value, args.gate_q, args.gate_k, args.table)
+    training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, sink))
+    out, lse, _, _ = torch.ops.fastpe.cope_fwd(
+        *inputs, *rotation, seen.left, seen.right, seen.sinks, seen.q_ids, seen.k_ids, seen.mask,
+        sink, scale, args.gate_scale, table_scale, training,
+    )  # fmt: skip
+    return out, lse
 
 
 def _check_kinds(rope, bias, mask, region, is_causal, return_lse) -> None:

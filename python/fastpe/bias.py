@@ -853,3 +853,9 @@ class Forget(_Cumulative):
 
     def materialize(self, call: Call) -> Tensor:
         return _dense_difference(call, self._where, None, _dense_prefix(self._gates()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting gates
+
+from ._cope import Cope, PerRowForget  # noqa: E402, F401  (after the base class they build on)

@@ -22,6 +22,7 @@ Tensor = torch.Tensor
 __all__ = [
     "AlibiBias",
     "CableBias",
+    "CopeBias",
     "ForgetBias",
     "KerpleBias",
     "RotaryEmbedding",
@@ -309,3 +310,58 @@ class ForgetBias(torch.nn.Module):
                 raise ValueError(f"{where}: seq_start belongs to the first tokens, and past holds those already")
             return bias.Forget(gates, seq_start)
         return bias.Forget(prefix_sum(gates) if past is None else past.append(gates))
+
+
+class CopeBias(torch.nn.Module):
+    """Contextual position encoding (arXiv 2405.18719): one table (head_dim, npos) for all heads, zeros at the start.
+
+    Args:
+        head_dim: channels of a query head.
+        npos: entries of the table; counts stop at npos - 1. The paper takes the training length + 1 or less (64 often does).
+        separate_keys: the gates have a projection of x of their own, (d_model -> kv_heads * head_dim), no bias.
+        d_model, kv_heads: for separate_keys.
+        nodiv: see `fastpe.bias.Cope`.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 4, 6, 8)
+    >>> m = fastpe.nn.CopeBias(8, 4)
+    >>> fastpe.attention(q, q, q, bias=m(), is_causal=True).sum().backward(); m.table.grad.shape
+    torch.Size([8, 4])
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        npos: int,
+        *,
+        separate_keys: bool = False,
+        d_model: int | None = None,
+        kv_heads: int | None = None,
+        nodiv: bool = False,
+    ):
+        super().__init__()
+        where = "fastpe.nn.CopeBias"
+        _check.count(where, "head_dim", head_dim, 1)
+        _check.count(where, "npos", npos, 1)
+        if separate_keys != (d_model is not None) or separate_keys != (kv_heads is not None):
+            raise ValueError(f"{where}: d_model and kv_heads go with separate_keys=True")
+        self.nodiv, self.d_model = nodiv, d_model
+        self.table = torch.nn.Parameter(torch.zeros(head_dim, npos))
+        self.gate = None
+        if separate_keys:
+            _check.count(where, "d_model", d_model, 1)
+            _check.count(where, "kv_heads", kv_heads, 1)
+            self.gate = torch.nn.Linear(d_model, kv_heads * head_dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.table)
+        if self.gate is not None:
+            self.gate.reset_parameters()
+
+    def forward(self, x: Tensor | None = None) -> bias.Cope:
+        """The bias; x (B, Nk, d_model), the keys' hidden states, only for separate_keys."""
+        if self.gate is None:
+            return bias.Cope(self.table, nodiv=self.nodiv)
+        _check_hidden("fastpe.nn.CopeBias", x, self.d_model)
+        keys = self.gate(x).unflatten(-1, (-1, self.table.shape[0])).transpose(1, 2)
+        return bias.Cope(self.table, keys, nodiv=self.nodiv)

@@ -10,6 +10,7 @@ import torch
 
 from . import _check
 from ._call import Call
+from ._cope import Contextual
 from ._reference_rope import rotate
 
 Tensor = torch.Tensor
@@ -52,7 +53,7 @@ def attention(
     if region is not None:
         raise NotImplementedError("fastpe.reference.attention: region is not supported")
     parts = dense_parts(
-        query.double(), key.double(), rope=rope, bias=bias, mask=mask, positions=positions, key_positions=key_positions,
+        query.double(), key.double(), value.double(), rope=rope, bias=bias, mask=mask, positions=positions, key_positions=key_positions,
         scale=scale, head_scale=head_scale, row_scale=row_scale, temperature=temperature, is_causal=is_causal,
     )  # fmt: skip
     query, key, factor, b, visible, tau = parts
@@ -62,7 +63,7 @@ def attention(
     )
 
 
-def dense_parts(query, key, *, rope, bias, mask, positions, key_positions, scale, head_scale, row_scale, temperature, is_causal):
+def dense_parts(query, key, value, *, rope, bias, mask, positions, key_positions, scale, head_scale, row_scale, temperature, is_causal):
     """The arguments of a call as dense float64 arrays: rotated query and key, the factor of the products, bias,
     visibility and temperature, as `softmax_attention` takes them."""
     (B, H, Nq, D), Nk = query.shape, key.shape[2]
@@ -85,7 +86,10 @@ def dense_parts(query, key, *, rope, bias, mask, positions, key_positions, scale
     if row_scale is not None:
         rho = rho * row_scale.double().reshape(*(1,) * (3 - row_scale.dim()), *row_scale.shape)
     tau = None if temperature is None else _heads(temperature, query)[..., None, None]
-    b = None if bias is None else bias.materialize(call)
+    if isinstance(bias, Contextual):
+        b = bias.materialize_for(call, query, key, value, visible)
+    else:
+        b = None if bias is None else bias.materialize(call)
     return query, key, scale * rho[..., None], b, visible, tau
 
 

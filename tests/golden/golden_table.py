@@ -14,7 +14,6 @@ from fastpe import bias, mask
 # Files whose method is not in fastpe yet.
 LATER_FILES = {
     "bias_fire": "fastpe.bias.Fire",
-    "bias_cope": "fastpe.bias.Cope",
     "bias_qrel": "fastpe.bias.RowTable and ColTable",
     "bias_relproj": "fastpe.bias.RowTable",
     "bias_dense": "fastpe.bias.Dense",
@@ -52,7 +51,6 @@ LATER_FILES = {
 # Cases of supported files that the public names cannot express.
 NOT_RUN = {
     ("bias_kerple", "power_weighted"): "multiplies the scores by a function of the distance; the score has no such factor",
-    ("bias_fox", "per_row_contextual"): "needs the sum of all pairwise gates of a row: the scan of fastpe.bias.Cope",
     ("bias_score_mods", "alibi_then_softcap"): "caps after the bias; attention caps before it",
 }
 
@@ -175,6 +173,15 @@ def _scored_alibi(a, leaf, watch):
     return kwargs
 
 
+def _cope(**options):
+    def call(a, leaf, watch):
+        table = leaf("pos_emb_PD").t() if "pos_emb_PD" in a else leaf("pos_emb")
+        gate_keys = leaf("k_gate") if "k_gate" in a else None
+        return _causal(a, bias=bias.Cope(table, gate_keys, **options))
+
+    return call
+
+
 # (file, case) -> call(a, leaf, watch) -> the arguments of fastpe.attention beyond q, k, v and scale, or {"run": ...}.
 # `a` holds the arrays, leaf(name) is array `name` as an input that requires grad, watch(name, x) compares x's gradient.
 CALLS = {
@@ -232,6 +239,16 @@ CALLS = {
     ("bias_fox", "strong_decay"): _fox,
     ("bias_fox", "xt_causal"): _fox,
     ("bias_fox", "xt_bidirectional"): _fox_both_sides,
+    ("bias_fox", "per_row_contextual"): lambda a, leaf, watch: _causal(
+        a, bias=bias.PerRowForget(leaf("gate_q"), leaf("gate_k"), gate_scale=float(a["gate_scale"]))
+    ),
+    ("bias_cope", "default"): _cope(),
+    ("bias_cope", "nodiv"): _cope(nodiv=True),
+    ("bias_cope", "full_npos"): _cope(),
+    ("bias_cope", "sep_key"): _cope(),
+    ("bias_cope", "val_gates"): _cope(value_gates=True),
+    ("bias_cope", "sharp_gates"): _cope(),
+    ("bias_cope", "xt_listing"): _cope(nodiv=True),
     ("bias_score_mods", "head_scale"): _head_scale,
     ("bias_score_mods", "uniform_scale"): lambda a, leaf, watch: _causal(a),
     ("bias_score_mods", "log_n_scale"): lambda a, leaf, watch: _causal(a, row_scale=a["row_scale"]),

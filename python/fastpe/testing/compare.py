@@ -77,6 +77,7 @@ def eager_attention(
     dtype = query.dtype
     q, k, factor, b, visible, tau = reference.dense_parts(
         query if rope is None else query.double(), key if rope is None else key.double(),
+        value if rope is None else value.double(),
         rope=rope, bias=bias, mask=mask, positions=positions, key_positions=key_positions, scale=scale,
         head_scale=head_scale, row_scale=row_scale, temperature=temperature, is_causal=is_causal,
     )  # fmt: skip
