@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 __all__ = [
     "bipe", "clex_train", "cream", "giraffe_random", "grid", "hirope", "hirope_regions", "increments", "interpolated", "mrope",
-    "pose", "randomized", "segmented", "segmented_prefix", "sequential", "v2pe",
+    "pose", "randomized", "segmented", "segmented_prefix", "self_extend", "sequential", "v2pe",
 ]  # fmt: skip
 
 
@@ -425,6 +425,41 @@ def hirope_regions(segments: Tensor, window: int = 512) -> tuple[Tensor, Tensor,
     n = torch.arange(far.shape[-1], device=far.device).expand_as(far).contiguous()
     shift = torch.tensor([0, window - 1], device=far.device).view(2, *[1] * (far.dim() - 1))
     return n, far + shift, far
+
+
+def self_extend(n: int, window: int = 1024, group: int = 8, *, shift: str = "floor") -> tuple[Tensor, Tensor]:
+    """Self-Extend: positions of queries and keys that are ``window`` or more tokens apart (arXiv 2401.01325).
+
+    Nearer pairs keep their indices. Far ones share positions in groups: ``i // group + shift`` and ``j // group``, so that
+    the largest distance is about ``window + (n - window) / group``.
+
+    Args:
+        n: tokens.
+        window: near means ``i - j < window``.
+        group: tokens that share a position.
+        shift: "floor", ``window - window // group`` (the paper), or "true", ``window - window / group`` (the released
+            prefill code; differs where group does not divide window).
+
+    Returns:
+        far query positions and far key positions, float64 ``(n,)`` each.
+
+    Raises:
+        ValueError: n, window or group below 1, unknown shift.
+
+    >>> import fastpe
+    >>> q, k = fastpe.positions.self_extend(8, window=4, group=2)
+    >>> q.tolist(), k.tolist()
+    ([2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 5.0, 5.0], [0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
+    """
+    where = "fastpe.positions.self_extend"
+    for what, x in (("n", n), ("window", window), ("group", group)):
+        _check.count(where, what, x, 1)
+    if shift not in ("floor", "true"):
+        raise ValueError(f"{where}: shift must be 'floor' or 'true', got {shift!r}")
+    # With every pair near there is nothing to line up, and the released code leaves the shift out.
+    reach = window if n - 1 >= window else 0
+    key = (torch.arange(n) // group).double()
+    return key + (reach - (reach // group if shift == "floor" else reach / group)), key
 
 
 def v2pe(is_image: Tensor, stride: float | Tensor, num_image_token: int = 256) -> Tensor:

@@ -1,8 +1,12 @@
 """Position rules: what random draws may give, and what the rules refuse."""
 
-import fastpe
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+
+import fastpe
 from fastpe import positions
 
 SEEDS = range(20)
@@ -111,7 +115,29 @@ def test_increments_carry_gradients():
     assert torch.autograd.gradcheck(f, (delta,))
 
 
+@pytest.mark.parametrize("shift", ["true", "floor"])
+def test_self_extend_reproduces_the_released_code(shift):
+    """Near and far pairs as two calls joined by their lse, against the original code's output (window 20, group 3)."""
+    data = np.load(Path(__file__).parent / "data" / "self_extend.npz")
+    q, k, v = (torch.from_numpy(data[x]) for x in "qkv")
+    n, window = q.shape[2], int(data["window"])
+    rope = fastpe.rope.default(q.shape[3], base=float(data["base"]))
+    far_q, far_k = positions.self_extend(n, window, int(data["group"]), shift=shift)
+    i = torch.arange(n)
+    far = fastpe.mask.dense(i[:, None] - i >= window)
+    parts = [
+        fastpe.attention(q, k, v, rope=rope, mask=fastpe.mask.window(window), is_causal=True, return_lse=True),
+        fastpe.attention(q, k, v, rope=rope, positions=far_q, key_positions=far_k, mask=far, return_lse=True),
+    ]
+    lse = torch.logsumexp(torch.stack([part for _, part in parts]), 0)
+    out = sum(part * torch.exp(part_lse - lse)[..., None] for part, part_lse in parts)
+    torch.testing.assert_close(lse, torch.from_numpy(data[f"lse_{shift}"]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out, torch.from_numpy(data[f"out_{shift}"]), rtol=1e-9, atol=1e-9)
+
+
 BAD = [
+    (lambda: positions.self_extend(8, 0, 2), ValueError, "window must be at least 1, got 0"),
+    (lambda: positions.self_extend(8, 4, 2, shift="none"), ValueError, "shift must be 'floor' or 'true', got 'none'"),
     (lambda: positions.pose(300, 64, 32), ValueError, "target must be at least the chunk of 64 tokens, got 32"),
     (lambda: positions.pose(300, 64, 512, first=40), ValueError, r"first must be in \[1, 32\], got 40"),
     (lambda: positions.pose(300, 64, 512, second_end=301), ValueError, r"second_end must be in \[64, 300\], got 301"),
