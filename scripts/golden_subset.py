@@ -31,8 +31,13 @@ CASES: dict[str, tuple[str, ...] | None] = {
     "bias_cope": ("sep_key", "val_gates", "xt_listing"),
     "bias_sandwich": None,
     "bias_score_mods": (
-        "head_row_scale_with_alibi", "softcap_then_alibi", "sink_with_prefix_bias", "window_sink_alibi",
+        "head_row_scale_with_alibi", "softcap_then_alibi", "alibi_then_softcap", "sink_with_prefix_bias", "window_sink_alibi",
     ),
+    "bias_dense": ("head_broadcast_batch", "key_only"),
+    "bias_dape": None,
+    "bias_fire": ("bidirectional_small_L", "random_positions"),
+    "bias_qrel": ("relative_key_query", "deberta_v2"),
+    "bias_relproj": None,
     "chunk_swa": ("packed",),
 }  # fmt: skip
 # Of the methods that have one head's worth of parameters to each head, some heads are enough.

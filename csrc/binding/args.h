@@ -176,7 +176,27 @@ struct AttnArgs {
   int64_t left, right, sinks;
   OptTensor q_ids, k_ids, mask, row_scale, sink;
   double scale, softcap, softcap_mul, skip_eps;
+  OptTensor bias_pieces, bias_omega, bias_rows, bias_cols, bias_index, bias_dense;
+  bool softcap_bias;
 };
+
+// The arguments attn_fwd and attn_bwd have in common: as schema text, as parameters, and in AttnArgs' order.
+#define FASTPE_ATTN_ARGS \
+  "Tensor? q_rope, Tensor? k_rope, int rope_layout, int bias_form, Tensor? bias_params, Tensor? bias_gamma, " \
+  "Tensor? bias_u, Tensor? bias_w, Tensor? bias_base, Tensor? bias_table, int left, int right, int sinks, " \
+  "Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor? row_scale, Tensor? sink, float scale, float softcap, " \
+  "float softcap_mul, float skip_eps, Tensor? bias_pieces, Tensor? bias_omega, Tensor? bias_rows, " \
+  "Tensor? bias_cols, Tensor? bias_index, Tensor? bias_dense, bool softcap_bias"
+#define FASTPE_ATTN_PARAMS \
+  OptTensor q_rope, OptTensor k_rope, int64_t rope_layout, int64_t bias_form, OptTensor bias_params, OptTensor bias_gamma, \
+      OptTensor bias_u, OptTensor bias_w, OptTensor bias_base, OptTensor bias_table, int64_t left, int64_t right, \
+      int64_t sinks, OptTensor q_ids, OptTensor k_ids, OptTensor mask, OptTensor row_scale, OptTensor sink, double scale, \
+      double softcap, double softcap_mul, double skip_eps, OptTensor bias_pieces, OptTensor bias_omega, \
+      OptTensor bias_rows, OptTensor bias_cols, OptTensor bias_index, OptTensor bias_dense, bool softcap_bias
+#define FASTPE_ATTN_VALUES \
+  q_rope, k_rope, rope_layout, bias_form, bias_params, bias_gamma, bias_u, bias_w, bias_base, bias_table, left, right, \
+      sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps, bias_pieces, bias_omega, \
+      bias_rows, bias_cols, bias_index, bias_dense, softcap_bias
 
 inline RopeLayout layout_of(const char* op, int64_t layout) {
   check(op, layout == 0 || layout == 1, "layout must be 0 (half) or 1 (interleaved), got ", layout);
@@ -210,14 +230,62 @@ inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t 
     b.table = {read_ptr(t), 0, step(t, 0), 0};
     b.table_len = t.size(1);
   }
-  const bool rel_fn = pos::is_rel_fn(b.form), table = pos::is_table(b.form);
-  check(c.op, table == bool(b.table), "bias_table belongs to the table forms, and they need it; bias_form is ", a.bias_form);
+  const bool rel_fn = pos::is_rel_fn(b.form), fire = b.form == BiasForm::fire, table = pos::is_table(b.form) || fire;
+  check(c.op, table == bool(b.table), "bias_table belongs to the table forms and to fire, and they need it; bias_form is ", a.bias_form);
   check(c.op, b.form != BiasForm::table || b.table_len % 2 == 1, "bias_table of the two-sided form must have an odd length, got ", b.table_len);
-  check(c.op, rel_fn || !(b.params || b.gamma || b.u || b.w || b.base), "bias_params, bias_gamma, bias_u, bias_w and bias_base belong to the forms of a distance; bias_form is ", a.bias_form);
+  check(c.op, rel_fn || !(b.params || b.base), "bias_params and bias_base belong to the forms of a distance; bias_form is ", a.bias_form);
+  check(c.op, rel_fn || fire || !b.gamma, "bias_gamma belongs to the forms of a distance and to fire; bias_form is ", a.bias_form);
+  check(c.op, rel_fn || table || !(b.u || b.w), "bias_u and bias_w belong to a form of the distance; bias_form is ", a.bias_form);
   const bool needs_params = b.form == BiasForm::linear || b.form == BiasForm::log || b.form == BiasForm::power;
   check(c.op, !needs_params || b.params, "bias_params is missing for bias_form ", a.bias_form);
   check(c.op, !b.base || (b.w && !b.u), "bias_base goes with bias_w and without bias_u");
   check(c.op, !b.w || b.u || Nq <= Nk, "bias_w without bias_u needs no more queries than keys, got ", Nq, " and ", Nk);
+  check(c.op, fire == a.bias_pieces.has_value() && (!fire || a.bias_gamma.has_value()), "bias_pieces and bias_gamma belong to fire, and it needs them; bias_form is ", a.bias_form);
+  if (a.bias_pieces) {
+    const Tensor& t = *a.bias_pieces;
+    check_device(c, "bias_pieces", t);
+    check_dtype(c, "bias_pieces", t, aux);
+    check(c.op, t.dim() == 3 && t.size(0) == 3 && (t.size(1) == H || t.size(1) == 1) && t.size(2) >= 1, "bias_pieces must be of shape (3, ", H, " or 1, S) with S >= 1, got ", shape_of(t));
+    check_last_contiguous(c, "bias_pieces", t);
+    b.pieces = {read_ptr(t), t.stride(0), step(t, 1), 0};
+    b.pieces_len = t.size(2);
+  }
+  if (a.bias_omega) {
+    const Tensor& t = *a.bias_omega;
+    check_device(c, "bias_omega", t);
+    check_dtype(c, "bias_omega", t, aux);
+    check(c.op, pos::is_table(b.form) && !b.u && !b.w, "bias_omega goes with a table form over plain distances; bias_form is ", a.bias_form);
+    check(c.op, t.dim() == 2 && (t.size(0) == H || t.size(0) == 1) && t.size(1) == b.table_len, "bias_omega must be of shape (", H, " or 1, ", b.table_len, "), got ", shape_of(t));
+    check_last_contiguous(c, "bias_omega", t);
+    b.omega = {read_ptr(t), 0, step(t, 0), 0};
+  }
+  check(c.op, (a.bias_rows || a.bias_cols) == a.bias_index.has_value(), "bias_rows or bias_cols and bias_index go together");
+  const auto terms = [&](const char* name, const OptTensor& t, int64_t N, Aux& x) {
+    if (!t) return;
+    check_device(c, name, *t);
+    check_dtype(c, name, *t, aux);
+    check(c.op, t->dim() == 4 && t->size(3) >= 1 && (!b.terms_len || t->size(3) == b.terms_len), name, " must be of shape (B, H, N, R), R the same for rows and columns, got ", shape_of(*t));
+    check_shape(c, name, *t, {{B}, {H}, {N}, {t->size(3)}});
+    check_last_contiguous(c, name, *t);
+    x = {read_ptr(*t), step(*t, 0), step(*t, 1), step(*t, 2)};
+    b.terms_len = t->size(3);
+  };
+  terms("bias_rows", a.bias_rows, Nq, b.rows);
+  terms("bias_cols", a.bias_cols, Nk, b.cols);
+  if (a.bias_index) {
+    const Tensor& t = *a.bias_index;
+    check_device(c, "bias_index", t);
+    check_dtype(c, "bias_index", t, ScalarType::Int);
+    check(c.op, t.dim() == 1 && t.size(0) % 2 == 1, "bias_index must have one axis of odd length, got ", shape_of(t));
+    check_last_contiguous(c, "bias_index", t);
+    b.index = static_cast<const int32_t*>(t.const_data_ptr());
+    b.index_len = t.size(0);
+  }
+  if (a.bias_dense) {
+    const Tensor& t = *a.bias_dense;
+    b.dense = read_aux(c, "bias_dense", a.bias_dense, aux, {broadcast(B), broadcast(H), broadcast(Nq), broadcast(Nk)});
+    b.dense_sk = t.size(3) == 1 ? 0 : 1;
+  }
   return b;
 }
 
@@ -299,6 +367,7 @@ inline AttnParams read_attn(const char* op, const AttnArgs& a) {
   p.softcap = a.softcap;
   p.softcap_mul = a.softcap_mul;
   p.skip_eps = a.skip_eps;
+  p.softcap_bias = a.softcap_bias && a.softcap > 0;
   return p;
 }
 

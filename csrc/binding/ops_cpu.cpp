@@ -11,15 +11,6 @@ namespace {
 
 // ---- attention --------------------------------------------------------------------------------------------------
 
-#define FASTPE_ATTN_PARAMS \
-  OptTensor q_rope, OptTensor k_rope, int64_t rope_layout, int64_t bias_form, OptTensor bias_params, OptTensor bias_gamma, \
-      OptTensor bias_u, OptTensor bias_w, OptTensor bias_base, OptTensor bias_table, int64_t left, int64_t right, \
-      int64_t sinks, OptTensor q_ids, OptTensor k_ids, OptTensor mask, OptTensor row_scale, OptTensor sink, double scale, \
-      double softcap, double softcap_mul, double skip_eps
-#define FASTPE_ATTN_VALUES \
-  q_rope, k_rope, rope_layout, bias_form, bias_params, bias_gamma, bias_u, bias_w, bias_base, bias_table, left, right, \
-      sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps
-
 std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS, bool keep_residual) {
   const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
   AttnParams p = read_attn("attn_fwd", a);
@@ -37,7 +28,8 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   return {out, lse, residual};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attn_bwd(
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Grads attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
     int64_t needs) {
   const char* op = "attn_bwd";
@@ -100,6 +92,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dw = grad_of(need_w, "bias_w", bias_w, b.dw);
   Tensor dtable = grad_of(need_table, "bias_table", bias_table, b.dtable);
   Tensor drow_scale = grad_of(need_row_scale, "row_scale", row_scale, b.drow_scale);
+  Tensor dpieces = grad_of(need_pieces, "bias_pieces", bias_pieces, b.dpieces);
+  Tensor domega = grad_of(need_omega, "bias_omega", bias_omega, b.domega);
+  Tensor drows = grad_of(need_rows, "bias_rows", bias_rows, b.drows);
+  Tensor dcols = grad_of(need_cols, "bias_cols", bias_cols, b.dcols);
+  Tensor ddense = grad_of(need_dense, "bias_dense", bias_dense, b.ddense);
 
   if (p.B > 0 && p.H > 0 && p.Nq > 0 && p.Nk > 0) {
     if (needs) {
@@ -107,9 +104,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       cpu::kernels().attn_bwd(b, runtime(), stats.get());
     }
   } else {
-    for (Tensor* t : {&dq, &dk, &dv, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale}) torch::stable::zero_(*t);
+    for (Tensor* t : {&dq, &dk, &dv, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale, &dpieces, &domega, &drows, &dcols, &ddense}) torch::stable::zero_(*t);
   }
-  return {dq, dk, dv, dparams, dgamma, du, dw, dtable, drow_scale};
+  return {dq, dk, dv, dparams, dgamma, du, dw, dtable, drow_scale, dpieces, domega, drows, dcols, ddense};
 }
 
 // ---- rotation ---------------------------------------------------------------------------------------------------

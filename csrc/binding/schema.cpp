@@ -2,12 +2,7 @@
 // dynamic shapes do not specialise. csrc/core/params.h says what the arguments mean.
 #include <torch/csrc/stable/library.h>
 
-// What attn_fwd and attn_bwd have in common.
-#define FASTPE_ATTN_ARGS \
-  "Tensor? q_rope, Tensor? k_rope, int rope_layout, int bias_form, Tensor? bias_params, Tensor? bias_gamma, " \
-  "Tensor? bias_u, Tensor? bias_w, Tensor? bias_base, Tensor? bias_table, int left, int right, int sinks, " \
-  "Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor? row_scale, Tensor? sink, float scale, float softcap, " \
-  "float softcap_mul, float skip_eps"
+#include "args.h"
 
 // What cope_fwd and cope_bwd have in common.
 #define FASTPE_COPE_ARGS \
@@ -22,7 +17,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
       "attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? residual, " FASTPE_ATTN_ARGS
       ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dparams, "
-      "Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, Tensor drow_scale)");
+      "Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, Tensor drow_scale, Tensor dpieces, Tensor domega, Tensor drows, "
+      "Tensor dcols, Tensor ddense)");
   m.def(
       "cope_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_COPE_ARGS
       ", bool training) -> (Tensor out, Tensor lse, Tensor carry, Tensor residual)");

@@ -42,12 +42,22 @@ struct Rope {
 struct Bias {
   BiasForm form = BiasForm::none;
   Aux params;      // rel_fn: (B|1,H|1,2) the two numbers of the form; token stride unused
-  Aux gamma;       // rel_fn: row weight (B|1,H|1,Nq|1); may be null (1)
-  Aux u;           // rel_fn: query positions (B|1,H|1,Nq); null: w at the query's index, or that index itself
-  Aux w;           // rel_fn: key positions (B|1,H|1,Nk); null: the key's index
+  Aux gamma;       // rel_fn: row weight (B|1,H|1,Nq|1); may be null (1). fire: one over the row's normaliser
+  Aux u;           // query positions (B|1,H|1,Nq); null: w at the query's index, or that index itself
+  Aux w;           // key positions (B|1,H|1,Nk); null: the key's index. Table forms and fire: whole numbers
   Aux base;        // double (B|1,H|1,ceil(Nk/128)): w[j] means w[j] + base[j/128]; null: 0. Only with u null
-  Aux table;       // table forms: (1,H|1,L)
+  Aux table;       // table forms: (1,H|1,L); fire: numerator by distance, (1,H|1,L)
   int64_t table_len = 0;
+  // What follows can be added to any form. All of it may be null.
+  Aux pieces;      // fire: three planes, sb apart, of (H|1,S): where a piece begins (ascending, the first -inf), slope, intercept
+  int64_t pieces_len = 0;
+  Aux omega;       // table forms: (1,H|1,table_len), multiplies the score by a function of the distance
+  Aux rows, cols;  // (B,H,Nq,R) and (B,H,Nk,R): row i adds rows[i][index], key j adds cols[j][index]
+  int64_t terms_len = 0;            // R
+  const int32_t* index = nullptr;   // (2 M + 1) entry of rows and cols for the offset clamp(j - I, -M, M) + M; below 0: none
+  int64_t index_len = 0;
+  Aux dense;       // (B|1,H|1,Nq|1,Nk|1): last axis contiguous, or broadcast (dense_sk 0)
+  int64_t dense_sk = 0;
 };
 
 // visible(i, j), with I = i + Nk - Nq:
@@ -80,6 +90,7 @@ struct AttnParams {
   Aux sink;                // (1,H|1,1) extra logit of the denominator; may be null
   double softcap = 0;      // C > 0: x = softcap_mul * tanh(x / C)
   double softcap_mul = 0;
+  bool softcap_bias = false;  // x = softcap_mul * tanh((x + bias) / C)
   double skip_eps = 0;     // bound on the probability a row may lose to skipped tiles; 0: skip none
 };
 
@@ -87,7 +98,7 @@ struct AttnParams {
 enum Needs : int64_t {
   need_q = 1 << 0, need_k = 1 << 1, need_v = 1 << 2,
   need_params = 1 << 3, need_gamma = 1 << 4, need_u = 1 << 5, need_w = 1 << 6, need_table = 1 << 7,
-  need_row_scale = 1 << 8,
+  need_row_scale = 1 << 8, need_pieces = 1 << 9, need_omega = 1 << 10, need_rows = 1 << 11, need_cols = 1 << 12, need_dense = 1 << 13,
 };
 
 // Gradients. Pointers of what is not needed are null. dq/dk/dv have the inputs' dtype and dense (B,H,N,D) or
@@ -101,6 +112,7 @@ struct AttnBwdParams {
   View dq, dk, dv;
   int64_t needs = 0;
   void *dparams = nullptr, *dgamma = nullptr, *du = nullptr, *dw = nullptr, *dtable = nullptr, *drow_scale = nullptr;
+  void *dpieces = nullptr, *domega = nullptr, *drows = nullptr, *dcols = nullptr, *ddense = nullptr;
 };
 
 // Attention whose bias counts gates: bias.md 3.8 and 4. With a_ij the gate logit of a visible pair (times gate_scale),

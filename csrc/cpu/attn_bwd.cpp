@@ -10,7 +10,7 @@
 //   gradients of the bias                        from dS while it is there, only the ones asked for
 //   dV += P dO, dK += dS Q, dQ^T += K^T dS       products
 // delta_i = <dO_i, O_i> - dlse_i (chunked.md M3).
-#include "attn_common.h"
+#include "attn_terms.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
 namespace {
@@ -22,17 +22,18 @@ constexpr int64_t kChunk = 32;  // keys treated at a time between the products
 
 // Private sums of bias gradients of one (batch, head, split); pieces not needed are null.
 template <class S>
-struct BiasGrad {
+struct BiasGrad : TermGrad<S> {
   S* params = nullptr;  // 2
   S* w = nullptr;       // Nk
   S* table = nullptr;   // span, at its first element
+  S* omega = nullptr;   // span, at its first element
 };
 
 template <class E>
 struct BwdScratch {
   using S = typename E::S;
   using U = typename E::U;
-  S *rows, *s, *ds, *cap, *raw, *dq;
+  S *rows, *s, *ds, *cap, *raw, *dq, *terms, *aux;
   U *tmp, *qt, *dot, *qr, *dor, *pa, *dsa, *dsb;
   TileBias<S>* bias;
   BlockBias<S>* block;
@@ -50,6 +51,8 @@ struct BwdScratch {
     ds = c.take<S>(kBN<E> * kPitch<S>);
     cap = p.softcap > 0 ? c.take<S>(kBN<E> * kPitch<S>) : nullptr;
     raw = keep_raw ? c.take<S>(kBN<E> * kPitch<S>) : nullptr;
+    terms = pos::is_composed(p) ? c.take<S>(Terms<E>::kScratch) : nullptr;
+    aux = p.bias.omega || p.bias.pieces ? c.take<S>(kChunk * kPitch<S>) : nullptr;
     dq = c.take<S>(p.D * kBM);
     qt = c.take<U>(p.D / E::kPack * kBM);
     dot = c.take<U>(p.Dv / E::kPack * kBM);
@@ -127,7 +130,10 @@ struct Backward {
   Call<E> call;
   const Runtime& rt;
   TileStats* stats;
-  const bool want_q, want_k, want_v, want_params, want_gamma, want_u, want_w, want_table, want_rho, settle, want_bias;
+  const bool want_q, want_k, want_v, want_params, want_gamma, want_u, want_w, want_table, want_rho, settle;
+  const bool want_pieces, want_omega, want_rows, want_cols, want_dense, want_bias;
+  // A dense gradient of all rows and keys that batch entries or kv heads share: those go one after the other.
+  const bool one_by_one;
   const int64_t group, splits, dp, dvp;
   int64_t head0 = 0, heads = 0;
   KVPack<E>* packs = nullptr;
@@ -136,8 +142,12 @@ struct Backward {
   size_t worker_bytes = 0;
   // Private bias sums: (B, H, split, ...), and per-row sums (B, H, Nq), which one task owns.
   S *g_params = nullptr, *g_w = nullptr, *g_table = nullptr, *g_u = nullptr, *g_gamma = nullptr, *g_rho = nullptr;
+  S *g_omega = nullptr, *g_cols = nullptr, *g_key = nullptr, *g_row = nullptr;
+  double* g_pieces = nullptr;
 
   bool needs(int64_t bit) const { return (a.needs & bit) != 0; }
+  // Sums of dS kept for the table: one an offset, or one an entry when positions decide.
+  int64_t table_sums() const { return is_mapped(p.bias) ? p.bias.table_len : table_span(p).len; }
 
   Backward(const AttnBwdParams& params, const Runtime& runtime, TileStats* st)
       : a(params), p(params.fwd), call(params.fwd), rt(runtime), stats(st),
@@ -145,15 +155,17 @@ struct Backward {
         want_params(needs(need_params)), want_gamma(needs(need_gamma)),
         // u taken from w at the query's index: its gradient is part of dw.
         want_u(needs(need_u) || (needs(need_w) && !p.bias.u)), want_w(needs(need_w)), want_table(needs(need_table)), want_rho(needs(need_row_scale)),
-        settle((want_params || want_gamma) && (params.fwd.dtype == DType::bf16 || params.fwd.dtype == DType::f16)),
-        want_bias(want_params || want_gamma || want_u || want_w || want_table),
-        group(p.H / p.Hk), splits(tiles::backward_splits(p.B * p.Hk, call.nq_blocks)),
+        settle((want_params || want_gamma) && pos::is_rel_fn(p.bias.form) && !p.softcap_bias && (params.fwd.dtype == DType::bf16 || params.fwd.dtype == DType::f16)),
+        want_pieces(needs(need_pieces)), want_omega(needs(need_omega)), want_rows(needs(need_rows)), want_cols(needs(need_cols)), want_dense(needs(need_dense)),
+        want_bias(want_params || want_gamma || want_u || want_w || want_table || want_pieces || want_rows || want_cols || want_dense),
+        one_by_one(want_dense && p.bias.dense.sn && p.bias.dense_sk && ((p.B > 1 && !p.bias.dense.sb) || (p.Hk > 1 && !p.bias.dense.sh))),
+        group(p.H / p.Hk), splits(tiles::backward_splits(one_by_one ? 1 : p.B * p.Hk, call.nq_blocks)),
         dp(BwdScratch<E>::pad(p.D)), dvp(BwdScratch<E>::pad(p.Dv)) {}
 
   BwdScratch<E> scratch(int worker) const {
     BwdScratch<E> w;
     Carver c{worker_base + size_t(worker) * worker_bytes};
-    w.carve(c, p, want_rho);
+    w.carve(c, p, want_rho || want_omega);
     return w;
   }
   void carve_pack(KVPack<E>& k, Carver& c) const { k.carve(c, p, call.nk_tiles, true, true, false); }
@@ -161,14 +173,14 @@ struct Backward {
   void run() {
     BwdScratch<E> probe;
     Carver pc{nullptr};
-    probe.carve(pc, p, want_rho);
+    probe.carve(pc, p, want_rho || want_omega);
     worker_bytes = (pc.used + 127) / 64 * 64;
     Carver oc{nullptr};
     KVPack<E> one;
     carve_pack(one, oc);
     const int64_t grad_each = splits * p.Nk * ((want_k ? dp : 0) + (want_v ? dvp : 0));
     const int64_t total = p.B * p.Hk;
-    const int64_t wave = wave_heads(int64_t(oc.used) + grad_each * int64_t(sizeof(S)), total, rt.threads, int64_t(14) << 20);
+    const int64_t wave = one_by_one ? 1 : wave_heads(int64_t(oc.used) + grad_each * int64_t(sizeof(S)), total, rt.threads, int64_t(14) << 20);
     const int64_t bh = p.B * p.H;
     const auto layout = [&](Carver& c) {
       call.carve(c);
@@ -178,7 +190,12 @@ struct Backward {
       dv = want_v ? c.take<S>(wave * splits * p.Nk * dvp) : nullptr;
       g_params = want_params ? c.take<S>(bh * splits * 2) : nullptr;
       g_w = want_w ? c.take<S>(bh * splits * p.Nk) : nullptr;
-      g_table = want_table ? c.take<S>(bh * splits * table_span(p).len) : nullptr;
+      g_table = want_table ? c.take<S>(bh * splits * table_sums()) : nullptr;
+      g_omega = want_omega ? c.take<S>(bh * splits * table_span(p).len) : nullptr;
+      g_pieces = want_pieces ? c.take<double>(bh * splits * 2 * p.bias.pieces_len) : nullptr;
+      g_cols = want_cols ? c.take<S>(bh * splits * p.Nk * p.bias.terms_len) : nullptr;
+      g_key = want_dense && p.bias.dense_sk && !p.bias.dense.sn ? c.take<S>(bh * splits * p.Nk) : nullptr;
+      g_row = want_dense && !p.bias.dense_sk ? c.take<S>(bh * p.Nq) : nullptr;
       g_u = want_u ? c.take<S>(bh * p.Nq) : nullptr;
       g_gamma = want_gamma ? c.take<S>(bh * p.Nq) : nullptr;
       g_rho = want_rho ? c.take<S>(bh * p.Nq) : nullptr;
@@ -195,6 +212,9 @@ struct Backward {
     Carver real{mem};
     layout(real);
     call.prepare();
+    if (want_rows) std::memset(a.drows, 0, size_t(bh * p.Nq * p.bias.terms_len) * sizeof(S));
+    if (want_dense && !g_key && !g_row) std::memset(a.ddense, 0, size_t((p.bias.dense.sb ? p.B : 1) * (p.bias.dense.sh ? p.H : 1) * p.Nq * p.Nk) * sizeof(S));
+    if (g_row) std::memset(g_row, 0, size_t(bh * p.Nq) * sizeof(S));
     using Self = Backward;
     for (head0 = 0; head0 < total; head0 += wave) {
       heads = total - head0 < wave ? total - head0 : wave;
@@ -216,6 +236,7 @@ struct Backward {
     const int64_t w = task / splits, split = task % splits, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
     BwdScratch<E> sc = scratch(worker);
     for (int64_t x = 0; x < kBN<E> * kPitch<S>; ++x) sc.s[x] = sc.ds[x] = 0;
+    if (sc.aux) std::memset(sc.aux, 0, size_t(kChunk * kPitch<S>) * sizeof(S));
     S* dk_acc = want_k ? dk + task * p.Nk * dp : nullptr;
     S* dv_acc = want_v ? dv + task * p.Nk * dvp : nullptr;
     if (dk_acc) std::memset(dk_acc, 0, size_t(p.Nk * dp) * sizeof(S));
@@ -226,9 +247,23 @@ struct Backward {
       if (g_params) { bg.params = g_params + row * 2; bg.params[0] = bg.params[1] = 0; }
       if (g_w) { bg.w = g_w + row * p.Nk; std::memset(bg.w, 0, size_t(p.Nk) * sizeof(S)); }
       if (g_table) {
-        const int64_t len = table_span(p).len;
-        bg.table = g_table + row * len;
-        std::memset(bg.table, 0, size_t(len) * sizeof(S));
+        S* sums = g_table + row * table_sums();
+        std::memset(sums, 0, size_t(table_sums()) * sizeof(S));
+        (is_mapped(p.bias) ? bg.mapped : bg.table) = sums;
+      }
+      const auto own = [](auto* sums, int64_t at, int64_t n) {
+        if (sums) std::memset(sums + at * n, 0, size_t(n) * sizeof(*sums));
+        return sums ? sums + at * n : nullptr;
+      };
+      bg.omega = own(g_omega, row, table_span(p).len);
+      bg.pieces = own(g_pieces, row, 2 * p.bias.pieces_len);
+      bg.cols = own(g_cols, row, p.Nk * p.bias.terms_len);
+      bg.key = own(g_key, row, p.Nk);
+      if (g_row) bg.row = g_row + (b * p.H + h) * p.Nq;
+      if (want_rows) bg.rows = static_cast<S*>(a.drows) + (b * p.H + h) * p.Nq * p.bias.terms_len;
+      if (want_dense && !g_key && !g_row) {
+        const int64_t at = (p.bias.dense.sb ? b : 0) * (p.bias.dense.sh ? p.H : 1) + (p.bias.dense.sh ? h : 0);
+        bg.dense = static_cast<S*>(a.ddense) + at * p.Nq * p.Nk;
       }
       for (int64_t qb = split; qb < call.nq_blocks; qb += splits) block(packs[w], b, h, qb, sc, bg, dk_acc, dv_acc);
     }
@@ -264,6 +299,8 @@ struct Backward {
     // Diagonals are read one vector past the last lane: columns a shorter block does not write must be zero.
     for (int64_t j = 0; want_table && lanes < kBM && j < kBN<E>; ++j)
       for (int64_t l = lanes; l < kBM; ++l) w.ds[j * kPitch<S> + kMargin<S> + l] = 0;
+    for (int64_t j = 0; w.aux && lanes < kBM && j < kChunk; ++j)
+      for (int64_t l = lanes; l < kBM; ++l) w.aux[j * kPitch<S> + kMargin<S> + l] = 0;
     pack_transposed<E>(w.dot, kBM, w.rows, p.Dv, rows, lanes, p.Dv, w.tmp);
     if (want_v) pack_block_rows(w.dor, dvp, w.rows, p.Dv, rows, lanes);
 
@@ -284,6 +321,7 @@ struct Backward {
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
     w.block->init(hb, i0, rows, I0);
+    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms};
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < kBM; ++l) {
       w.du[l] = w.dgamma[l] = w.drho[l] = 0;
@@ -302,7 +340,7 @@ struct Backward {
       if (may_skip && forgettable(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes)) { ++decayed; return; }
       ++visited;
       mask.q_ids = w.ids;
-      tile(kv, t, j0, js, je, tb, mask, w, bg, lanes, I0, dk_acc, dv_acc, first);
+      tile(kv, t, j0, js, je, tb, mask, terms, w, bg, lanes, I0, dk_acc, dv_acc, first);
       first = false;
     });
 
@@ -356,7 +394,7 @@ struct Backward {
     return true;
   }
 
-  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, BwdScratch<E>& w, BiasGrad<S>& bg, int64_t lanes, int64_t I0, S* dk_acc, S* dv_acc, bool first) {
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, BwdScratch<E>& w, BiasGrad<S>& bg, int64_t lanes, int64_t I0, S* dk_acc, S* dv_acc, bool first) {
     constexpr int64_t P = kPitch<S>;
     constexpr int64_t units = kBN<E> / E::kPack;
     const int64_t ku = p.D / E::kPack, vu = p.Dv / E::kPack;
@@ -372,30 +410,26 @@ struct Backward {
     }
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
-    if (p.softcap > 0)
+    if (w.terms)
       for (int64_t l = 0; l < kBM; ++l) ones[l] = 1;
 
     for (int64_t c0 = js; c0 < je; c0 += kChunk) {
       const int64_t c1 = c0 + kChunk < je ? c0 + kChunk : je;
-      if (want_rho)
+      if (w.raw)
         for (int64_t j = c0; j < c1; ++j) std::memcpy(w.raw + j * P, s + j * P, size_t(lanes) * sizeof(S));
-      if (p.softcap > 0) {
-        const V in(S(kLn2 / p.softcap)), mul(S(p.softcap_mul * kLog2e)), grad(S(p.softcap_mul / p.softcap));
-        for (int64_t j = c0; j < c1; ++j)
-          for (int64_t l = 0; l < lanes; l += L) {
-            const V th = tanh(V::load(s + j * P + l) * (V::load(c + l) * in));
-            (grad * (V(S(1)) - th * th)).store(w.cap + j * P + l);
-            (mul * th).store(s + j * P + l);
-          }
-      }
-      const S* ce = p.softcap > 0 ? ones : c;
-      with_kind(tb, [&](auto kind, auto phi) {
+      if (w.terms) terms.compose(tb, c, s, P, w.cap, j0, c0, c1);
+      const S* ce = w.terms ? ones : c;
+      with_kind(p.softcap_bias ? Kind::none : tb.kind, tb.form, [&](auto kind, auto phi) {
         constexpr Kind K = decltype(kind)::value;
         using Phi = decltype(phi);
         if (masked) grad_pass<E, K, Phi, true>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
         else grad_pass<E, K, Phi, false>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
       });
-      if (want_bias) bias_grads(tb, w, bg, s, ds, c0, c1, lanes, I0, j0);
+      // dS -> gradient of what each step of the score put out, back to the product.
+      if (p.softcap_bias) times(ds, w.cap, c0, c1, lanes);
+      if (want_bias) bias_grads(tb, terms, w, bg, s, ds, c0, c1, lanes, I0, j0);
+      if (p.softcap > 0 && !p.softcap_bias) times(ds, w.cap, c0, c1, lanes);
+      if (p.bias.omega) omega_grads(terms, w, bg, ds, c0, c1, lanes, I0, j0);
       if (want_rho) rho_grads(w, ds, c0, c1, lanes);
       finish_ds(w, s, ds, c0, c1, lanes);
     }
@@ -426,9 +460,7 @@ struct Backward {
     for (int64_t l = 0; l < lanes; l += L) {
       V acc(S(0));
       for (int64_t j = c0; j < c1; ++j) {
-        V d = V::load(ds + j * P + l);
-        if (p.softcap > 0) d = d * V::load(w.cap + j * P + l);
-        acc = fma(d, V::load(w.raw + j * P + l), acc);
+        acc = fma(V::load(ds + j * P + l), V::load(w.raw + j * P + l), acc);
       }
       fma(acc, V(S(p.scale)), V::load(w.drho + l)).store(w.drho + l);
     }
@@ -437,17 +469,12 @@ struct Backward {
   // dS -> dx times the softmax scale, and the bf16 operand forms.
   void finish_ds(BwdScratch<E>& w, S* s, S* ds, int64_t c0, int64_t c1, int64_t lanes) {
     constexpr int64_t P = kPitch<S>;
-    const bool cap = p.softcap > 0;
     const bool products = want_q || want_k;
     for (int64_t l = 0; l < lanes; l += L) {
       const V rho = V::load(w.scale->rho + l);
       if constexpr (E::kPack == 1) {
         if (products)
-          for (int64_t j = c0; j < c1; ++j) {
-            V d = V::load(ds + j * P + l) * rho;
-            if (cap) d = d * V::load(w.cap + j * P + l);
-            d.store(ds + j * P + l);
-          }
+          for (int64_t j = c0; j < c1; ++j) (V::load(ds + j * P + l) * rho).store(ds + j * P + l);
       } else {
 #if defined(__AVX512BF16__)
         for (int64_t j = c0; j < c1; j += 2) {
@@ -456,11 +483,7 @@ struct Backward {
           store_bf16(reinterpret_cast<uint16_t*>(w.pa) + j * kBM + l, p0);
           if (two) store_bf16(reinterpret_cast<uint16_t*>(w.pa) + (j + 1) * kBM + l, p1);
           if (!products) continue;
-          V d0 = V::load(ds + j * P + l) * rho, d1 = two ? V::load(ds + (j + 1) * P + l) * rho : V(0.f);
-          if (cap) {
-            d0 = d0 * V::load(w.cap + j * P + l);
-            if (two) d1 = d1 * V::load(w.cap + (j + 1) * P + l);
-          }
+          const V d0 = V::load(ds + j * P + l) * rho, d1 = two ? V::load(ds + (j + 1) * P + l) * rho : V(0.f);
           const __m256i b0 = to_bf16(d0), b1 = to_bf16(d1);
           _mm256_storeu_si256((__m256i*)(reinterpret_cast<uint16_t*>(w.dsa) + j * kBM + l), b0);
           if (two) _mm256_storeu_si256((__m256i*)(reinterpret_cast<uint16_t*>(w.dsa) + (j + 1) * kBM + l), b1);
@@ -472,8 +495,41 @@ struct Backward {
     }
   }
 
-  void bias_grads(const TileBias<S>& t, BwdScratch<E>& w, BiasGrad<S>& bg, const S* prob, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
+  static void times(S* ds, const S* factor, int64_t c0, int64_t c1, int64_t lanes) {
+    constexpr int64_t P = kPitch<S>;
+    for (int64_t j = c0; j < c1; ++j)
+      for (int64_t l = 0; l < lanes; l += L) (V::load(ds + j * P + l) * V::load(factor + j * P + l)).store(ds + j * P + l);
+  }
+
+  // d omega = sum of dx times the product it multiplied, along the diagonals; dx becomes the gradient of that product.
+  void omega_grads(const Terms<E>& terms, BwdScratch<E>& w, BiasGrad<S>& bg, S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) const {
+    constexpr int64_t P = kPitch<S>;
+    S* aux = w.aux + kMargin<S> - c0 * P;
+    if (bg.omega) {
+      for (int64_t j = c0; j < c1; ++j)
+        for (int64_t l = 0; l < lanes; l += L) (V::load(ds + j * P + l) * V::load(w.raw + j * P + l) * V::load(w.scale->rho + l)).store(aux + j * P + l);
+      diagonals(bg.omega, aux, c0, c1, lanes, I0, j0);
+    }
+    const S* om = call.omega_of(terms.h) + (I0 - j0);
+    for (int64_t j = c0; j < c1; ++j)
+      for (int64_t l = 0; l < lanes; l += L) (V::load(ds + j * P + l) * V::load(om + l - j)).store(ds + j * P + l);
+  }
+
+  void bias_grads(const TileBias<S>& t, const Terms<E>& terms, BwdScratch<E>& w, BiasGrad<S>& bg, const S* prob, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t I0, int64_t j0) {
+    constexpr int64_t P = kPitch<S>;
+    if (bg.dense || bg.key || bg.row) terms.dense_grads(ds, P, bg, j0, c0, c1);
+    if (bg.rows || bg.cols) terms.indexed_grads(ds, P, bg, j0, c0, c1);
+    if (t.form == BiasForm::fire) {
+      if (!(bg.pieces || bg.table || bg.mapped || want_gamma)) return;
+      S* aux = want_table ? w.aux + kMargin<S> : nullptr;
+      terms.pieces_grads(t, ds, P, aux, want_gamma ? w.dgamma : nullptr, bg.pieces, c0, c1);
+      if (bg.table) diagonals(bg.table, aux - c0 * P, c0, c1, lanes, I0, j0);
+      if (bg.mapped) terms.numerator_grads(t, aux, P, bg.mapped, c0, c1);
+      return;
+    }
+    if (bg.mapped) return terms.mapped_grads(t, ds, P, bg.mapped, c0, c1);
     if (bg.table) return diagonals(bg.table, ds, c0, c1, lanes, I0, j0);
+    if (!(want_params || want_gamma || want_u || want_w)) return;
     pos::with_form(t.form, [&](auto phi) { rel_grads<decltype(phi)>(t, w, bg, prob, ds, c0, c1, lanes, j0); });
   }
 
@@ -625,13 +681,31 @@ struct Backward {
           for (int64_t i = 0; i < p.Nq; ++i) g_w[r * splits * p.Nk + call.offset + i] += g_u[r * p.Nq + i];
       fold(a.dw, bi.w, g_w, splits, p.Nk, false);
     }
-    if (a.dtable) {
+    if (a.dcols) fold(a.dcols, {nullptr, 1, 1, 1}, g_cols, splits, p.Nk * bi.terms_len, false);
+    if (a.ddense && g_key) fold(a.ddense, bi.dense, g_key, splits, p.Nk, false);
+    if (a.ddense && g_row) fold(a.ddense, bi.dense, g_row, 1, p.Nq, bi.dense.sn == 0);
+    if (a.dpieces) {
+      const int64_t n = bi.pieces_len, heads_out = bi.pieces.sh ? p.H : 1;
+      S* y = static_cast<S*>(a.dpieces);
+      clear(y, heads_out * n);  // where a piece begins has no gradient: the function is continuous there
+      for (int64_t what = 0; what < 2; ++what)
+        for (int64_t h = 0; h < heads_out; ++h)
+          for (int64_t k = 0; k < n; ++k) {
+            double sum = 0;
+            for (int64_t b = 0; b < p.B; ++b)
+              for (int64_t hh = h; hh < (heads_out == 1 ? p.H : h + 1); ++hh)
+                for (int64_t q = 0; q < splits; ++q) sum += g_pieces[(((b * p.H + hh) * splits + q) * 2 + what) * n + k];
+            y[((1 + what) * heads_out + h) * n + k] = S(sum);
+          }
+    }
+    if (a.dtable && is_mapped(bi)) fold(a.dtable, bi.table, g_table, splits, bi.table_len, false);
+    const auto fold_offsets = [&](void* out, const S* src, bool one_head) {
       const TableSpan sp = table_span(p);
-      const int64_t heads_out = call.same_bias_heads ? 1 : p.H;
-      clear(a.dtable, heads_out * bi.table_len);
+      const int64_t heads_out = one_head ? 1 : p.H;
+      clear(out, heads_out * bi.table_len);
       // Offsets clamped to one entry add up there; doubles hold the sum.
       for (int64_t h = 0; h < heads_out; ++h) {
-        S* y = static_cast<S*>(a.dtable) + h * bi.table_len;
+        S* y = static_cast<S*>(out) + h * bi.table_len;
         double sum = 0;
         int64_t entry = -1;
         for (int64_t x = 0; x < sp.len; ++x) {
@@ -643,11 +717,13 @@ struct Backward {
           }
           for (int64_t b = 0; b < p.B; ++b)
             for (int64_t hh = h; hh < (heads_out == 1 ? p.H : h + 1); ++hh)
-              for (int64_t q = 0; q < splits; ++q) sum += double(g_table[((b * p.H + hh) * splits + q) * sp.len + x]);
+              for (int64_t q = 0; q < splits; ++q) sum += double(src[((b * p.H + hh) * splits + q) * sp.len + x]);
         }
         if (entry >= 0) y[entry] = S(double(y[entry]) + sum);
       }
-    }
+    };
+    if (a.dtable && !is_mapped(bi)) fold_offsets(a.dtable, g_table, call.same_bias_heads);
+    if (a.domega) fold_offsets(a.domega, g_omega, bi.omega.sh == 0);
   }
 };
 
@@ -659,7 +735,7 @@ void backward(const AttnBwdParams& a, const Runtime& rt, TileStats* stats) {
 void attn_bwd(const AttnBwdParams& a, const Runtime& rt, TileStats* stats) {
   if (a.fwd.dtype == DType::f64) return backward<OpF64>(a, rt, stats);
 #if defined(__AVX512BF16__)
-  if (a.fwd.dtype == DType::bf16) return backward<OpBF16>(a, rt, stats);
+  if (a.fwd.dtype == DType::bf16 && !exact_rows(a.fwd)) return backward<OpBF16>(a, rt, stats);
 #endif
   backward<OpF32>(a, rt, stats);
 }

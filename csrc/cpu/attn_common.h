@@ -57,16 +57,23 @@ inline TableSpan table_span(const AttnParams& p) {
 
 // env[t]: the largest value on the far side of t: over t' >= t for t >= 0, over t' <= t for t < 0.
 template <class S>
-void expand_table(const Bias& bias, const AttnParams& p, int64_t h, S* e, S* env) {
+void expand_table(const Aux& table, const AttnParams& p, int64_t h, S unit, S* e) {
   const TableSpan sp = table_span(p);
-  const S* src = at<S>(bias.table, 0, h);
-  for (int64_t x = 0; x < sp.len; ++x) e[x] = src[pos::table_index(bias.form, x + sp.lo, bias.table_len)] * S(kLog2e);
+  const S* src = at<S>(table, 0, h);
+  for (int64_t x = 0; x < sp.len; ++x) e[x] = src[pos::table_index(p.bias.form, x + sp.lo, p.bias.table_len)] * unit;
+}
+template <class S>
+void envelope(const AttnParams& p, const S* e, S* env) {
+  const TableSpan sp = table_span(p);
   const int64_t zero = -sp.lo;
   S m = -kInf<S>;
   for (int64_t x = sp.len - 1; x >= zero; --x) { m = e[x] > m ? e[x] : m; env[x] = m; }
   m = -kInf<S>;
   for (int64_t x = 0; x < zero; ++x) { m = e[x] > m ? e[x] : m; env[x] = m; }
 }
+
+// A table or fire over position arrays instead of indices.
+inline bool is_mapped(const Bias& b) { return b.table && (b.u || b.w); }
 
 // ---- bias of one head and of one tile -----------------------------------------------------------------------------
 
@@ -81,6 +88,8 @@ struct HeadBias {
   const S *u = nullptr, *w = nullptr;
   const double* base = nullptr;
   const S *table = nullptr, *env = nullptr;  // pointing at offset t = 0
+  const S* raw_table = nullptr;              // the table as given
+  bool mapped = false;                       // a table or fire over position arrays
 
   void init(const AttnParams& p, int64_t b, int64_t h, const S* expanded, const S* envelope) {
     const Bias& s = p.bias;
@@ -91,7 +100,9 @@ struct HeadBias {
     u = at<S>(s.u, b, h);
     w = at<S>(s.w, b, h);
     base = at<double>(s.base, b, h);
-    if (pos::is_table(form)) {
+    mapped = is_mapped(s);
+    raw_table = at<S>(s.table, 0, h);
+    if (expanded) {
       const TableSpan sp = table_span(p);
       table = expanded - sp.lo;
       env = envelope - sp.lo;
@@ -107,7 +118,7 @@ struct BlockBias {
   alignas(64) double ubase[kBM];
 
   void init(const HeadBias<S>& hb, int64_t i0, int64_t rows, int64_t I0) {
-    if (!pos::is_rel_fn(hb.form)) return;
+    if (!(pos::is_rel_fn(hb.form) || hb.form == BiasForm::fire || hb.mapped)) return;
     for (int64_t l = 0; l < kBM; ++l) {
       const int64_t r = l < rows ? l : rows - 1;
       gm[l] = hb.gamma ? hb.gamma[(i0 + r) * hb.gamma_step] : S(1);
@@ -134,8 +145,8 @@ struct TileBias {
     form = hb.form;
     kind = Kind::none;
     if (form == BiasForm::none) return;
-    if (pos::is_table(form)) {
-      kind = Kind::table;
+    if (hb.table) {
+      if (form != BiasForm::fire) kind = Kind::table;  // fire is composed (attn_terms.h)
       table = hb.table + (I0 - j0);
       return;
     }
@@ -180,6 +191,7 @@ struct TileBias {
     }
     S umin = kInf<S>, umax = -kInf<S>;
     for (int64_t l = 0; l < lanes; ++l) r[l] = S(bb.ubase[l] - wbase) + (bb.uloc[l] - w0);
+    if (hb.mapped) return;
     S a;  // rank1: b = a * gm * (u - y)
     if (form == BiasForm::signed_) {
       kind = Kind::rank1;
@@ -237,15 +249,18 @@ FASTPE_INLINE Vec<S> score_at(const TileBias<S>& t, int64_t j, int64_t l, Vec<S>
 
 // Calls f(tag of the kind, Phi) for the tile's kind.
 template <Kind K> struct KindTag { static constexpr Kind value = K; };
-template <class S, class Fn>
-FASTPE_INLINE void with_kind(const TileBias<S>& t, Fn&& f) {
-  switch (t.kind) {
+template <class Fn>
+FASTPE_INLINE void with_kind(Kind kind, BiasForm form, Fn&& f) {
+  switch (kind) {
     case Kind::none: f(KindTag<Kind::none>{}, pos::Phi<BiasForm::signed_>{}); break;
     case Kind::rank1: f(KindTag<Kind::rank1>{}, pos::Phi<BiasForm::signed_>{}); break;
     case Kind::table: f(KindTag<Kind::table>{}, pos::Phi<BiasForm::signed_>{}); break;
-    case Kind::form: pos::with_form(t.form, [&](auto phi) { f(KindTag<Kind::form>{}, phi); }); break;
+    case Kind::form: pos::with_form(form, [&](auto phi) { f(KindTag<Kind::form>{}, phi); }); break;
   }
 }
+
+template <class S, class Fn>
+FASTPE_INLINE void with_kind(const TileBias<S>& t, Fn&& f) { with_kind(t.kind, t.form, f); }
 
 // ---- visibility ---------------------------------------------------------------------------------------------------
 
@@ -309,6 +324,8 @@ struct Call {
   IdSpan *q_span = nullptr, *k_span = nullptr;  // (B, blocks), (B, tiles)
   bool same_bias_heads;                          // one expanded table serves all heads
   S *table = nullptr, *env = nullptr;            // (heads, span)
+  S* omega = nullptr;                            // (heads, span)
+  int32_t* index = nullptr;                      // (span)
 
   explicit Call(const AttnParams& params)
       : p(params),
@@ -318,7 +335,8 @@ struct Call {
         band{params.vis.left, params.vis.right, params.vis.sinks},
         same_bias_heads(params.bias.table.sh == 0) {}
 
-  int64_t table_heads() const { return pos::is_table(p.bias.form) ? (same_bias_heads ? 1 : p.H) : 0; }
+  int64_t table_heads() const { return p.bias.table && !is_mapped(p.bias) ? (same_bias_heads ? 1 : p.H) : 0; }
+  int64_t omega_heads() const { return p.bias.omega ? (p.bias.omega.sh ? p.H : 1) : 0; }
 
   void carve(Carver& c) {
     if (p.vis.k_ids) {
@@ -330,10 +348,22 @@ struct Call {
       table = c.take<S>(n * len);
       env = c.take<S>(n * len);
     }
+    if (int64_t n = omega_heads()) omega = c.take<S>(n * table_span(p).len);
+    if (p.bias.index) index = c.take<int32_t>(table_span(p).len);
   }
 
   void prepare() {
-    for (int64_t h = 0, len = table_span(p).len; h < table_heads(); ++h) expand_table<S>(p.bias, p, h, table + h * len, env + h * len);
+    const TableSpan sp = table_span(p);
+    for (int64_t h = 0; h < table_heads(); ++h) {
+      expand_table<S>(p.bias.table, p, h, p.bias.form == BiasForm::fire ? S(1) : S(kLog2e), table + h * sp.len);
+      envelope<S>(p, table + h * sp.len, env + h * sp.len);
+    }
+    for (int64_t h = 0; h < omega_heads(); ++h) expand_table<S>(p.bias.omega, p, h, S(1), omega + h * sp.len);
+    if (p.bias.index)
+      for (int64_t x = 0; x < sp.len; ++x) {
+        const int32_t e = p.bias.index[pos::table_index(BiasForm::table, x + sp.lo, p.bias.index_len)];
+        index[x] = e < p.bias.terms_len ? e : int32_t(p.bias.terms_len - 1);
+      }
     if (!p.vis.k_ids) return;
     for (int64_t b = 0; b < p.B; ++b) {
       spans(p.vis.q_ids + b * p.vis.q_ids_sb, p.Nq, kBM, q_span + b * nq_blocks);
@@ -352,6 +382,9 @@ struct Call {
   }
 
   const S* table_of(int64_t h) const { return table ? table + (same_bias_heads ? 0 : h) * table_span(p).len : nullptr; }
+  // At offset 0.
+  const S* omega_of(int64_t h) const { return omega ? omega + (p.bias.omega.sh ? h : 0) * table_span(p).len - table_span(p).lo : nullptr; }
+  const int32_t* index_lut() const { return index - table_span(p).lo; }
   const S* env_of(int64_t h) const { return env ? env + (same_bias_heads ? 0 : h) * table_span(p).len : nullptr; }
 
   // Keys [js, je) of tile t (relative to its start, js at a whole operand unit) that block qb may see, and how.
@@ -488,9 +521,14 @@ struct BlockScale {
   alignas(64) S qn[kBM];   // |q| * |c|
 };
 
+// Products in float32 although the inputs are bf16: sums of dS over many keys cancel to a small part of their terms, and P
+// rounded as an operand leaves row sums of dS that do not (3 to 30 times the error of eager torch was seen). Only where a
+// parameter learns, which is when the residual is kept.
+inline bool exact_rows(const AttnParams& p) { return pos::has_terms(p.bias) && p.residual.p; }
+
 // log2 of the probability all skipped tiles of a row may hold, spread over the keys.
 inline double skip_log2(const AttnParams& p) {
-  if (!(p.skip_eps > 0) || p.bias.form == BiasForm::none || p.softcap > 0) return -__builtin_inf();
+  if (!(p.skip_eps > 0) || p.bias.form == BiasForm::none || pos::is_composed(p)) return -__builtin_inf();
   return __builtin_log2(p.skip_eps) - __builtin_log2(double(p.Nk > 1 ? p.Nk : 1));
 }
 

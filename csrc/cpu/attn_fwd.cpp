@@ -10,7 +10,7 @@
 // The reference m of a row need not be its maximum: any number that keeps P and its sums finite gives the same result
 // to the last bits, since only the exponent of P moves. So m is raised only when a tile exceeds it by 2^kLazy, and for
 // a tile whose largest possible score |q| |k| scale + bias is within 2^kRoom of m the maximum is not formed at all.
-#include "attn_common.h"
+#include "attn_terms.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
 namespace {
@@ -23,7 +23,7 @@ template <class E>
 struct FwdScratch {
   using S = typename E::S;
   using U = typename E::U;
-  S *rows, *s, *o;
+  S *rows, *s, *o, *terms;
   U *tmp, *qt, *pt;
   TileBias<S>* bias;
   BlockBias<S>* block;
@@ -36,6 +36,7 @@ struct FwdScratch {
     tmp = E::kPack == 1 ? nullptr : c.take<U>((kBM > kBN<E> ? kBM : kBN<E>) * tiles::round_up(dmax, 16));
     s = c.take<S>(kBN<E> * kBM);
     o = c.take<S>(p.Dv * kBM);
+    terms = pos::is_composed(p) ? c.take<S>(Terms<E>::kScratch) : nullptr;
     qt = c.take<U>(p.D / E::kPack * kBM);
     pt = E::kPack == 1 ? nullptr : c.take<U>(kBN<E> / E::kPack * kBM);
     bias = c.take<TileBias<S>>(1);
@@ -226,6 +227,7 @@ struct Forward {
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
     w.block->init(hb, i0, rows, I0);
+    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms};
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < lanes; ++l) {
       w.m[l] = -kInf<S>;
@@ -244,13 +246,13 @@ struct Forward {
       tb.init(hb, *w.block, p, I0, lanes, j0, js, je);
       mask.q_ids = w.ids;
       bool exact = true;
-      if (!empty && !(p.softcap > 0)) {
+      if (!empty && !w.terms) {
         const Bound bound = judge(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes);
         if (skip > -1e300 && bound.forgettable) { ++decayed; return; }
         exact = !bound.harmless;
       }
       ++visited;
-      tile(kv, t, j0, js, je, tb, mask, w, lanes, units, empty, exact);
+      tile(kv, t, j0, js, je, tb, mask, terms, w, lanes, units, empty, exact);
       empty = false;
     });
     finish(b, h, i0, rows, lanes, empty, w);
@@ -286,7 +288,7 @@ struct Forward {
     return {skip, calm};
   }
 
-  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, FwdScratch<E>& w, int64_t lanes, int64_t units, bool first, bool exact) {
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, int64_t units, bool first, bool exact) {
     const int64_t ku = p.D / E::kPack;
     constexpr int64_t half = kBM / 2;
     const int64_t jm = lanes > half ? mask.split : je;
@@ -294,16 +296,15 @@ struct Forward {
     if (jm < je) gemm<E, false>(kv.k_rows + (j0 + jm) * ku, ku, w.qt + half, kBM, w.s + jm * kBM + half, kBM, je - jm, lanes - half, ku);
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
-    if (p.softcap > 0) {
-      const V a(S(kLn2 / p.softcap)), mul(S(p.softcap_mul * kLog2e));
-      for (int64_t j = js; j < je; ++j)
-        for (int64_t l = 0; l < lanes; l += L) (mul * tanh(V::load(w.s + j * kBM + l) * (V::load(c + l) * a))).store(w.s + j * kBM + l);
+    if (w.terms) {
+      constexpr int64_t step = Terms<E>::kKeys;
+      for (int64_t j = js; j < je; j += step) terms.compose(tb, c, w.s, kBM, nullptr, j0, j, j + step < je ? j + step : je);
       for (int64_t l = 0; l < lanes; ++l) ones[l] = 1;
       c = ones;
     }
     alignas(64) S mx[kBM], alpha[kBM];
     const bool masked = mask.partial();
-    with_kind(tb, [&](auto kind, auto phi) {
+    with_kind(p.softcap_bias ? Kind::none : tb.kind, tb.form, [&](auto kind, auto phi) {
       constexpr Kind K = decltype(kind)::value;
       using Phi = decltype(phi);
       if (!exact && !masked) {
@@ -395,7 +396,7 @@ void forward(const AttnParams& p, const Runtime& rt, TileStats* stats) {
 void attn_fwd(const AttnParams& p, const Runtime& rt, TileStats* stats) {
   if (p.dtype == DType::f64) return forward<OpF64>(p, rt, stats);
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::bf16) return forward<OpBF16>(p, rt, stats);
+  if (p.dtype == DType::bf16 && !exact_rows(p)) return forward<OpBF16>(p, rt, stats);
 #endif
   forward<OpF32>(p, rt, stats);
 }

@@ -12,15 +12,6 @@
 namespace fastpe::binding {
 namespace {
 
-#define FASTPE_ATTN_PARAMS \
-  OptTensor q_rope, OptTensor k_rope, int64_t rope_layout, int64_t bias_form, OptTensor bias_params, OptTensor bias_gamma, \
-      OptTensor bias_u, OptTensor bias_w, OptTensor bias_base, OptTensor bias_table, int64_t left, int64_t right, \
-      int64_t sinks, OptTensor q_ids, OptTensor k_ids, OptTensor mask, OptTensor row_scale, OptTensor sink, double scale, \
-      double softcap, double softcap_mul, double skip_eps
-#define FASTPE_ATTN_VALUES \
-  q_rope, k_rope, rope_layout, bias_form, bias_params, bias_gamma, bias_u, bias_w, bias_base, bias_table, left, right, \
-      sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps
-
 // Tiles visited and tiles skipped under the bound, since they were last asked for.
 std::atomic<int64_t> g_visited{0}, g_decayed{0};
 
@@ -28,6 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
   AttnParams p = read_attn("attn_fwd", a);
   check("attn_fwd", cuda::supported(p.dtype), "the kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()));
+  check("attn_fwd", !pos::has_terms(p.bias) && !p.softcap_bias, "the CUDA kernels do not have this bias yet; bias_form is ", a.bias_form);
   Tensor out = empty_in_order(q, p.B, p.H, p.Nq, p.Dv);
   Tensor lse = empty(q, {p.B, p.H, p.Nq}, aux_type(p.dtype));
   Tensor residual = keep_residual ? empty_in_order(q, p.B, p.H, p.Nq, p.Dv) : none(q, q.scalar_type());
@@ -47,7 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   return {out, lse, residual};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attn_bwd(
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Grads attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
     int64_t needs) {
   const char* op = "attn_bwd";
@@ -57,6 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   AttnParams& p = b.fwd;
   check(op, cuda::supported(p.dtype), "the kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()));
   check(op, !(needs & ~cuda::kSupportedNeeds), "these kernels have no gradient of a bias table");
+  check(op, !pos::has_terms(p.bias) && !p.softcap_bias, "the CUDA kernels do not have this bias yet; bias_form is ", a.bias_form);
   const Call c{op, q};
   const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
   // Copies live until the kernels have run.
@@ -92,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   base += (256 - reinterpret_cast<uintptr_t>(base) % 256) % 256;
   const int rc = cuda::attn_bwd(b, base, nullptr);
   check(op, rc == 0, "a kernel could not be started (error ", rc, ")");
-  return {dq, dk, dv, dparams, dgamma, du, dw, none(q, aux), drow_scale};
+  const auto absent = [&] { return none(q, aux); };
+  return {dq, dk, dv, dparams, dgamma, du, dw, absent(), drow_scale, absent(), absent(), absent(), absent(), absent()};
 }
 
 Tensor rotate(Tensor x, Tensor table, int64_t layout, bool inverse) {
@@ -167,18 +162,12 @@ std::tuple<int64_t, int64_t> tile_counts() { return {g_visited.exchange(0), g_de
 }  // namespace
 }  // namespace fastpe::binding
 
-#define FASTPE_ATTN_ARGS \
-  "Tensor? q_rope, Tensor? k_rope, int rope_layout, int bias_form, Tensor? bias_params, Tensor? bias_gamma, " \
-  "Tensor? bias_u, Tensor? bias_w, Tensor? bias_base, Tensor? bias_table, int left, int right, int sinks, " \
-  "Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor? row_scale, Tensor? sink, float scale, float softcap, " \
-  "float softcap_mul, float skip_eps"
-
 STABLE_TORCH_LIBRARY(fastpe_emu, m) {
   m.def("attn_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS ", bool keep_residual) -> (Tensor out, Tensor lse, Tensor residual)");
   m.def(
       "attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? residual, " FASTPE_ATTN_ARGS
       ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dparams, Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, "
-      "Tensor drow_scale)");
+      "Tensor drow_scale, Tensor dpieces, Tensor domega, Tensor drows, Tensor dcols, Tensor ddense)");
   m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");
   m.def("rotate_(Tensor(a!) x, Tensor table, int layout, bool inverse) -> ()");

@@ -89,8 +89,16 @@ FASTPE_HD void with_form(BiasForm form, Fn&& f) {
 constexpr FASTPE_HD bool is_rel_fn(BiasForm f) { return f >= BiasForm::linear && f <= BiasForm::logsq; }
 constexpr FASTPE_HD bool is_table(BiasForm f) { return f == BiasForm::table || f == BiasForm::table_causal; }
 
-// Index into a table form for the offset t = I - j.
+// Scores that a fused form and a scale do not make: they are composed term by term before the softmax, without the bound
+// that skips tiles.
+constexpr FASTPE_HD bool has_terms(const Bias& b) {
+  return b.form == BiasForm::fire || (is_table(b.form) && (b.u.p || b.w.p)) || b.omega.p || b.rows.p || b.cols.p || b.dense.p;
+}
+constexpr FASTPE_HD bool is_composed(const AttnParams& p) { return p.softcap > 0 || has_terms(p.bias); }
+
+// Index into a table form, or into fire's numerator, for the offset t = I - j.
 constexpr FASTPE_HD int64_t table_index(BiasForm f, int64_t t, int64_t len) {
+  if (f == BiasForm::fire) return t < 0 ? (-t < len ? -t : len - 1) : (t < len ? t : len - 1);
   if (f == BiasForm::table_causal) return t < 0 ? 0 : (t < len ? t : len - 1);
   const int64_t r = (len - 1) / 2;
   return t > r ? 0 : (t < -r ? 2 * r : r - t);

@@ -61,6 +61,12 @@ class OpBias:
     w: Tensor | None = None
     base: Tensor | None = None
     table: Tensor | None = None
+    pieces: Tensor | None = None
+    omega: Tensor | None = None
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    index: Tensor | None = None
+    dense: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

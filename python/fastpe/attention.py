@@ -35,6 +35,7 @@ def attention(
     head_scale: Tensor | float | None = None,
     row_scale: Tensor | None = None,
     softcap: float | None = None,
+    softcap_includes_bias: bool = False,
     temperature: Tensor | float | None = None,
     sink: Tensor | None = None,
     is_causal: bool = False,
@@ -46,8 +47,9 @@ def attention(
     this order:
 
         x = scale * head_scale * row_scale * <rotate(q_i), rotate(k_j)>
+        x = x * omega_ij                               if the bias has a multiplicative kernel (`fastpe.bias.Kerple`)
         x = softcap * tanh(x / softcap)                if softcap
-        s = (x + bias_ij) / temperature
+        s = (x + bias_ij) / temperature                softcap_includes_bias: softcap * tanh((x + bias_ij) / softcap) / temperature
         s = -inf where not visible
         out_i = sum_j softmax_j(s) v_j                 sink: one more logit in the denominator, divided by nothing
 
@@ -59,7 +61,7 @@ def attention(
         key: (B, Hk, Nk, D), H a multiple of Hk; query head h reads key head h // (H // Hk).
         value: (B, Hk, Nk, Dv), Dv from 8 to 256 in steps of 8.
         rope: rotary embedding of query and key (`fastpe.rope`).
-        bias: additive bias (`fastpe.bias`), not scaled by `scale`.
+        bias: additive bias (`fastpe.bias`), not scaled by `scale`. Biases add up with `+`.
         mask: visibility (`fastpe.mask`).
         region: must be None.
         positions: positions for `rope`: of the queries, and of the keys too when key_positions is absent and Nq = Nk.
@@ -68,7 +70,8 @@ def attention(
         scale: default 1 / sqrt(D).
         head_scale: a number, or (H,) or (B, H) float. Differentiable.
         row_scale: (Nq,) or (B | 1, H | 1, Nq) float. Differentiable.
-        softcap: C > 0.
+        softcap: C > 0 (50 in Gemma 2).
+        softcap_includes_bias: cap scores and bias together, the order of x-transformers; needs softcap.
         temperature: a positive number, or (H,) float, dividing scores and bias. Differentiable. A tensor does not go with softcap.
         sink: (H,) float, one logit per head. Differentiable.
         is_causal: the same as mask & fastpe.mask.causal().
@@ -91,11 +94,13 @@ def attention(
     >>> out.shape, lse.shape
     (torch.Size([1, 4, 10, 16]), torch.Size([1, 4, 10]))
     """
-    _check_kinds(rope, bias, mask, region, is_causal, return_lse)
+    _check_kinds(rope, bias, mask, region, is_causal, return_lse, softcap_includes_bias)
     query, key, value = _autocast(query, key, value)
     B, H, Nq, D, Nk = _check_qkv(query, key, value)
 
     scale = D**-0.5 if scale is None else _check.number(_WHERE, "scale", scale)
+    if softcap_includes_bias and softcap is None:
+        raise ValueError(f"{_WHERE}: softcap_includes_bias without softcap")
     softcap = 0.0 if softcap is None else _check.number(_WHERE, "softcap", softcap, positive=True)
 
     if is_causal:
@@ -117,19 +122,20 @@ def attention(
     rho, scale = _row_scale(call, head_scale, row_scale, scale)
     softcap_mul = softcap
     if temperature is not None:
-        b, rho, scale, softcap_mul = _divide_by_temperature(call, temperature, b, rho, scale, softcap)
+        b, rho, scale, softcap_mul = _divide_by_temperature(call, temperature, b, rho, scale, softcap, softcap_includes_bias)
     if sink is not None:
         sink = _sink(call, sink)
 
     # In 16 bits, gradients of parameters need what rounding took from out (csrc/core/params.h: residual).
-    learned = (b.params, b.gamma, b.u, b.w, b.table, rho, sink)
+    learned = (b.params, b.gamma, b.u, b.w, b.table, b.pieces, b.omega, b.rows, b.cols, b.dense, rho, sink)
     keep_residual = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
 
     out, lse, _ = torch.ops.fastpe.attn_fwd(
         query, key, value, q_rope, k_rope, layout,
         b.form, b.params, b.gamma, b.u, b.w, b.base, b.table,
         seen.left, seen.right, seen.sinks, seen.q_ids, seen.k_ids, seen.mask,
-        rho, sink, scale, softcap, softcap_mul, config.skip_bound_for(query.dtype), keep_residual,
+        rho, sink, scale, softcap, softcap_mul, config.skip_bound_for(query.dtype),
+        b.pieces, b.omega, b.rows, b.cols, b.index, b.dense, softcap_includes_bias, keep_residual,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -161,15 +167,16 @@ def _contextual(call: Call, query, key, value, bias: Contextual, rotation, seen:
     return out, lse
 
 
-def _check_kinds(rope, bias, mask, region, is_causal, return_lse) -> None:
+def _check_kinds(rope, bias, mask, region, is_causal, return_lse, softcap_includes_bias) -> None:
     if region is not None:
         raise NotImplementedError(f"{_WHERE}: region is not supported, got {type(region).__name__}")
     for what, x, kind, how in (
         ("rope", rope, Rope, "a fastpe.rope object"),
-        ("bias", bias, Bias, "a fastpe.bias object"),
+        ("bias", bias, Bias, "a fastpe.bias object (fastpe.bias.Dense wraps a tensor)"),
         ("mask", mask, Mask, "a fastpe.mask object (fastpe.mask.dense wraps a bool tensor)"),
         ("is_causal", is_causal, bool, "a bool"),
         ("return_lse", return_lse, bool, "a bool"),
+        ("softcap_includes_bias", softcap_includes_bias, bool, "a bool"),
     ):
         if x is not None and not isinstance(x, kind):
             raise TypeError(f"{_WHERE}: {what} must be {how}, got {type(x).__name__}")
@@ -260,8 +267,8 @@ def _row_scale(call: Call, head_scale, row_scale, scale: float) -> tuple[Tensor 
     return (None if rho is None else rho.contiguous()), scale
 
 
-def _divide_by_temperature(call: Call, temperature, b: OpBias, rho, scale: float, softcap: float):
-    """Folds 1 / temperature into what multiplies the scores and into the bias."""
+def _divide_by_temperature(call: Call, temperature, b: OpBias, rho, scale: float, softcap: float, capped_bias: bool):
+    """Folds 1 / temperature into what multiplies the scores and into the bias; a cap of both takes it alone."""
     softcap_mul = softcap
     if isinstance(temperature, Tensor):
         _check.is_float(_WHERE, "temperature", temperature)
@@ -279,12 +286,23 @@ def _divide_by_temperature(call: Call, temperature, b: OpBias, rho, scale: float
             softcap_mul *= inverse
         else:
             scale *= inverse
-    if b.table is not None:
-        b = dataclasses.replace(b, table=b.table * (inverse[0] if isinstance(inverse, Tensor) else inverse))
+    return (b if capped_bias else _divided(call, b, inverse)), rho, scale, softcap_mul
+
+
+def _divided(call: Call, b: OpBias, inverse: Tensor | float) -> OpBias:
+    """Every additive part of a bias times `inverse`, a number or (1, H, 1)."""
+    per_head = inverse[0] if isinstance(inverse, Tensor) else inverse
+    each = inverse[..., None] if isinstance(inverse, Tensor) else inverse
+    parts = {what: getattr(b, what) * each for what in ("rows", "cols", "dense") if getattr(b, what) is not None}
+    if b.pieces is not None:
+        start, slope, intercept = b.pieces
+        parts["pieces"] = torch.stack(torch.broadcast_tensors(start, slope * per_head, intercept * per_head))
+    elif b.table is not None:
+        parts["table"] = b.table * per_head
     elif b.form != FORMS["none"]:
         one = torch.ones(1, 1, 1, dtype=call.dtype, device=call.device) if b.gamma is None else b.gamma
-        b = dataclasses.replace(b, gamma=one * inverse)
-    return b, rho, scale, softcap_mul
+        parts["gamma"] = one * inverse
+    return dataclasses.replace(b, **parts)
 
 
 def _sink(call: Call, sink: Tensor) -> Tensor:

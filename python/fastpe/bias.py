@@ -39,6 +39,13 @@ class Bias:
         """The dense definition: float64, broadcastable to (B, H, Nq, Nk). Differentiable; quadratic memory."""
         raise NotImplementedError
 
+    def multiplier(self, call: Call) -> Tensor | None:
+        """The factor of the scaled products, dense float64, of a bias that has one (`Kerple` with a weight)."""
+        return None
+
+    def __add__(self, other: Bias) -> Sum:
+        return Sum((*_parts(self), *_parts(other))) if isinstance(other, Bias) else NotImplemented
+
     def __repr__(self) -> str:
         def show(x: object) -> str:
             if isinstance(x, Tensor):
@@ -52,6 +59,83 @@ class Bias:
 
 def _define(cls):
     return dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+
+
+def _parts(b: Bias) -> tuple[Bias, ...]:
+    return b.terms if isinstance(b, Sum) else (b,)
+
+
+@_define
+class Sum(Bias):
+    """Biases added up; `a + b` makes one.
+
+    A call has room for one closed form (anything that is a function of a distance: Alibi, Kerple, T5, RelativeTable,
+    Fire, Cable, Forget, ...), one RowTable, one ColTable, and any number of Dense. Two closed forms are added in one
+    `RelativeTable(lambda d: ...)` when both depend on the distance only, else one of them as a Dense.
+
+    Args:
+        terms: the biases.
+
+    Raises:
+        ValueError: two terms that need the same place; the message names both.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 5, 8)
+    >>> b = fastpe.bias.Alibi(2) + fastpe.bias.Dense(torch.randn(2, 1, 5))
+    >>> fastpe.attention(q, q, q, bias=b, is_causal=True).shape
+    torch.Size([1, 2, 5, 8])
+    """
+
+    terms: tuple[Bias, ...]
+
+    def __post_init__(self):
+        for term in self.terms:
+            if isinstance(term, Contextual):
+                raise NotImplementedError(f"fastpe.bias: {type(term).__name__} counts gates in a kernel of its own and does not add to other biases")
+
+    def op_args(self, call: Call) -> OpBias:
+        total, owner = OpBias(), {}
+        for term in self.terms:
+            one = term.op_args(call)
+            if one.form != FORMS["none"]:
+                _alone(owner, "closed form", term, "add functions of the distance in one RelativeTable(lambda d: ...)")
+                closed = {f.name: getattr(one, f.name) for f in dataclasses.fields(one) if f.name not in _OPEN}
+                total = dataclasses.replace(total, **closed)
+            for what, many in (("rows", "RowTable"), ("cols", "ColTable")):
+                if getattr(one, what) is not None:
+                    _alone(owner, many, term, "join their tables along the channels")
+                    total = dataclasses.replace(total, **{what: getattr(one, what)})
+            if one.index is not None:
+                if total.index is not None and not _same_index(total.index, one.index):
+                    _alone({"index": owner["index"]}, "index", term, "give RowTable and ColTable the same reach and index")
+                owner["index"] = term
+                total = dataclasses.replace(total, index=one.index)
+            if one.dense is not None:
+                total = dataclasses.replace(total, dense=one.dense if total.dense is None else total.dense + one.dense)
+        return total
+
+    def materialize(self, call: Call) -> Tensor:
+        return sum((term.materialize(call) for term in self.terms), torch.zeros(1, 1, 1, 1, dtype=torch.float64))
+
+    def multiplier(self, call: Call) -> Tensor | None:
+        made = [m for m in (term.multiplier(call) for term in self.terms) if m is not None]
+        return made[0] if made else None
+
+
+_OPEN = ("rows", "cols", "index", "dense")
+
+
+def _alone(owner: dict[str, Bias], place: str, term: Bias, how: str) -> None:
+    if place in owner:
+        first, second = type(owner[place]).__name__, type(term).__name__
+        raise ValueError(
+            f"fastpe.bias: {first} and {second} both take the one {place} of a call; {how}, or give one of them as a Dense"
+        )
+    owner[place] = term
+
+
+def _same_index(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and (not _check.can_read(a) or bool((a == b).all())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,6 +503,10 @@ class _Distance(Bias):
         """A distance, to either side, from which the bias no longer changes."""
         return None
 
+    def _omega(self, call: Call, d: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The multiplicative kernel at the distances d, as `_of_distance`."""
+        return None
+
     def op_args(self, call: Call) -> OpBias:
         reach = self._reach()
         if call.causal:
@@ -429,10 +517,19 @@ class _Distance(Bias):
             # The kernel's index is j - I, the negative of the distance.
             d = -torch.arange(-far, far + 1, device=call.device)
             form = "table"
-        return OpBias(FORMS[form], table=self._of_distance(call, d, call.dtype).contiguous())
+        omega = self._omega(call, d, call.dtype)
+        return OpBias(
+            FORMS[form],
+            table=self._of_distance(call, d, call.dtype).contiguous(),
+            omega=None if omega is None else omega.contiguous(),
+        )
 
     def materialize(self, call: Call) -> Tensor:
         return self._of_distance(call, call.distance(), torch.float64)[None]
+
+    def multiplier(self, call: Call) -> Tensor | None:
+        omega = self._omega(call, call.distance(), torch.float64)
+        return None if omega is None else omega[None]
 
 
 def _head_vector(call: Call, where: str, what: str, x: Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -449,12 +546,14 @@ class Kerple(_Distance):
         log:    b = -p_h log(1 + a_h |I - j|)          (the paper's r1 = p, r2 = a)
         power:  b = -a_h |I - j|^(p_h), 0 on the diagonal  (r1 = a, r2 = p)
 
+    The weighted variant of the paper's code also multiplies the scaled products by omega = exp(-weight_a_h |I - j|^weight_p_h).
     The paper uses it causally. Clamping to the allowed range belongs to the owner of the parameters, `fastpe.nn.KerpleBias`.
 
     Args:
         p: (H,) float, positive (power: at most 2).
         a: (H,) float, positive.
         kind: "log" or "power".
+        weight_p, weight_a: (H,) float, both or neither.
 
     >>> import torch, fastpe
     >>> q = torch.randn(1, 2, 6, 8)
@@ -466,16 +565,26 @@ class Kerple(_Distance):
     p: Tensor
     a: Tensor
     kind: str = "log"
+    weight_p: Tensor | None = None
+    weight_a: Tensor | None = None
 
     _where = "fastpe.bias.Kerple"
 
     def __post_init__(self):
         if self.kind not in ("log", "power"):
             raise ValueError(f"{self._where}: kind must be 'log' or 'power', got {self.kind!r}")
-        for what in ("p", "a"):
+        if (self.weight_p is None) != (self.weight_a is None):
+            raise ValueError(f"{self._where}: weight_p and weight_a go together")
+        for what in ("p", "a") if self.weight_p is None else ("p", "a", "weight_p", "weight_a"):
             x = _check.is_float(self._where, what, getattr(self, what))
             if x.dim() != 1:
                 raise ValueError(f"{self._where}: {what} must be (H,), got {_check.shape(x)}")
+
+    def _omega(self, call: Call, d: Tensor, dtype: torch.dtype) -> Tensor | None:
+        if self.weight_p is None:
+            return None
+        p, a = (_head_vector(call, self._where, what, getattr(self, what), dtype, d) for what in ("weight_p", "weight_a"))
+        return torch.exp(_phi("power", d.abs().to(dtype)[None], a, p))
 
     def _of_distance(self, call: Call, d: Tensor, dtype: torch.dtype) -> Tensor:
         p, a = (_head_vector(call, self._where, what, getattr(self, what), dtype, d) for what in ("p", "a"))
@@ -495,6 +604,10 @@ class RelativeTable(_Distance):
             - a callable: given int64 distances I - j of shape (n,), returns (H | 1, n) float. It is called once for a call
               of `attention` with the n distances that can occur, so an MLP of the distance costs O(N).
         causal: the table holds distances 0..L-1 only. Not with a callable, which sees the distances needed.
+        positions: integer positions p instead of indices: distances are p_i - p_j. (N,), (B, N) or (B, H, N), of the queries, and
+            of all Nk tokens when `key_positions` is absent. They have no gradient. For grids see `relative_grid`.
+        key_positions: integer positions of the keys.
+        max_distance: with positions and a callable, the largest |p_i - p_j|; by default read from the positions.
 
     Gradients reach the table, or whatever the callable uses.
 
@@ -512,10 +625,14 @@ class RelativeTable(_Distance):
 
     table: Tensor | Callable[[Tensor], Tensor]
     causal: bool = False
+    positions: Tensor | None = None
+    key_positions: Tensor | None = None
+    max_distance: int | None = None
 
     _where = "fastpe.bias.RelativeTable"
 
     def __post_init__(self):
+        _integer_positions(self._where, self.positions, self.key_positions)
         if isinstance(self.table, Tensor):
             _check.is_float(self._where, "table", self.table)
             if self.table.dim() != 2 or self.table.shape[1] < 1:
@@ -530,11 +647,29 @@ class RelativeTable(_Distance):
             raise ValueError(f"{self._where}: causal=True describes a tensor; a callable sees the distances that occur")
 
     def op_args(self, call: Call) -> OpBias:
+        u = w = None
+        if self.positions is not None:
+            p, keys = _mapped(call, self._where, self.positions, self.key_positions)
+            u, w = _shifted(call, p, keys)
         if not isinstance(self.table, Tensor):
-            return super().op_args(call)
+            if u is None:
+                return super().op_args(call)
+            far = _reach_of(self._where, p, keys, self.max_distance)
+            d = -torch.arange(-far, far + 1, device=call.device)
+            return OpBias(FORMS["table"], table=self._of_distance(call, d, call.dtype).contiguous(), u=u, w=w)
         self._fits(call, self.table)
         form = FORMS["table_causal" if self.causal else "table"]
-        return OpBias(form, table=call.aux(self._where, "table", self.table).contiguous())
+        return OpBias(form, table=call.aux(self._where, "table", self.table).contiguous(), u=u, w=w)
+
+    def materialize(self, call: Call) -> Tensor:
+        if self.positions is None:
+            return super().materialize(call)
+        p, keys = _mapped(call, self._where, self.positions, self.key_positions)
+        d = p[..., :, None] - keys[..., None, :]  # (B|1, H|1, Nq, Nk)
+        # One table row for each head, looked up at that head's distances.
+        b = self._of_distance(call, d, torch.float64)  # (H|1, B|1, H|1, Nq, Nk)
+        heads = torch.arange(max(b.shape[0], d.shape[1]), device=call.device)
+        return b[heads.clamp(max=b.shape[0] - 1), :, heads.clamp(max=d.shape[1] - 1)].transpose(0, 1)
 
     def _fits(self, call: Call, table: Tensor) -> None:
         if table.shape[0] not in (1, call.H):
@@ -556,6 +691,48 @@ class RelativeTable(_Distance):
         self._fits(call, table)
         _check.on_device(self._where, "the callable's result", table, call.device)
         return table.to(dtype).reshape(table.shape[0], *d.shape)
+
+
+def relative_grid(table: Tensor, coordinates: Tensor, key_coordinates: Tensor | None = None) -> RelativeTable:
+    """A learned table over the offsets of a grid, as in Swin (arXiv 2103.14030): b = table[h, dy + R0, dx + R1], (dy, dx) = key - query.
+
+    Args:
+        table: (H | 1, 2 R0 + 1, 2 R1 + 1) float.
+        coordinates: (N, 2) integers, row and column of each token; of the queries, and of all tokens when
+            `key_coordinates` is absent.
+        key_coordinates: (Nk, 2) integers.
+
+    Raises:
+        ValueError: coordinates whose differences the table does not hold; the message says which range it needs.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 12, 8)
+    >>> grid = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    >>> table = torch.zeros(2, 5, 7, requires_grad=True)
+    >>> fastpe.attention(q, q, q, bias=fastpe.bias.relative_grid(table, grid)).sum().backward(); table.grad.shape
+    torch.Size([2, 5, 7])
+    """
+    where = "fastpe.bias.relative_grid"
+    _check.is_float(where, "table", table)
+    if table.dim() != 3 or table.shape[1] % 2 == 0 or table.shape[2] % 2 == 0:
+        raise ValueError(f"{where}: table must be (H, 2 R0 + 1, 2 R1 + 1), got {_check.shape(table)}")
+    keys = coordinates if key_coordinates is None else key_coordinates
+    for what, x in (("coordinates", coordinates), ("key_coordinates", keys)):
+        _check.is_integer(where, what, x)
+        if x.dim() != 2 or x.shape[1] != 2:
+            raise ValueError(f"{where}: {what} must be (N, 2), got {_check.shape(x)}")
+    if coordinates.numel() and keys.numel() and _check.can_read(coordinates) and _check.can_read(keys):
+        for axis in range(2):
+            a, b = coordinates[:, axis], keys[:, axis]
+            need = max(int(a.max() - b.min()), int(b.max() - a.min()))
+            if need > table.shape[1 + axis] // 2:
+                raise ValueError(
+                    f"{where}: table holds offsets up to {table.shape[1 + axis] // 2} along axis {axis}, the coordinates need "
+                    f"{need}, that is {2 * need + 1} entries"
+                )
+    step = torch.tensor([table.shape[2], 1], device=coordinates.device)
+    given = None if key_coordinates is None else (keys.long() * step).sum(1)
+    return RelativeTable(table.flatten(1), positions=(coordinates.long() * step).sum(1), key_positions=given)
 
 
 def t5_bucket(relative: Tensor, *, bidirectional: bool = True, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
@@ -856,6 +1033,505 @@ class Forget(_Cumulative):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# FIRE
+
+
+def _integer_positions(where: str, positions: Tensor | None, key_positions: Tensor | None) -> None:
+    """Position maps are whole numbers and have no gradient."""
+    for what, x in (("positions", positions), ("key_positions", key_positions)):
+        if x is not None:
+            _check.is_integer(where, what, x)
+            _check_tokens(where, what, x)
+    if positions is None and key_positions is not None:
+        raise ValueError(f"{where}: key_positions without positions")
+
+
+def _mapped(call: Call, where: str, positions: Tensor, key_positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Integer positions of queries (B|1, H|1, Nq) and keys (B|1, H|1, Nk), int64."""
+    if key_positions is None:
+        _needs_query_index(call, where)
+        w = _tokens(positions)
+        _fit_tokens(call, where, "positions", w, call.Nk, "keys")
+        u = w[..., call.Nk - call.Nq :]
+    else:
+        u, w = _tokens(positions), _tokens(key_positions)
+        _fit_tokens(call, where, "positions", u, call.Nq, "queries")
+        _fit_tokens(call, where, "key_positions", w, call.Nk, "keys")
+    return u.long(), w.long()
+
+
+def _shifted(call: Call, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions relative to the first key's, in the aux dtype: differences stay exact up to 2**24."""
+    shift = w[..., :1] if call.Nk > 0 else 0
+    return (u - shift).to(call.dtype).contiguous(), (w - shift).to(call.dtype).contiguous()
+
+
+def _reach_of(where: str, u: Tensor, w: Tensor, given: int | None) -> int:
+    """The largest |u - w|, read from the values unless it is given."""
+    if given is not None:
+        return given
+    if not (_check.can_read(u) and _check.can_read(w)):
+        raise ValueError(f"{where}: max_distance is needed where the values of positions cannot be read, as under torch.compile")
+    if u.numel() == 0 or w.numel() == 0:
+        return 0
+    return max(int(u.max() - w.min()), int(w.max() - u.min()), 0)
+
+
+@_define
+class Fire(Bias):
+    """FIRE, arXiv 2310.04418: a small network of the distance, normalised by the query's position.
+
+        x_ij = log(|c (p_i - p_j)| + 1) / (log(|c| max(p_i, L) + 1) + eps)
+        b_hij = b2_h + sum_k w2_hk relu(w1_k x_ij + b1_k)
+
+    The network is evaluated exactly, as the piecewise linear function that it is: a few comparisons near the diagonal, one
+    multiply-add elsewhere, whatever its width.
+
+    Args:
+        w1, b1: (W,) float, the first layer; (W, 1) is taken too.
+        w2, b2: (H, W) and (H,) float, the second layer.
+        c: float tensor of one element.
+        L: threshold, a number or a float tensor of one element (L_mult * L0 in the released code; its absolute value counts).
+        eps: 1e-6 in the released code.
+        positions: p, integers (N,), (B, N) or (B, H, N), sorted or not; of the queries, and of all Nk tokens when
+            `key_positions` is absent. Default: indices, 0-based. For training on random positions (`fastpe.positions.randomized`).
+        key_positions: positions of the keys.
+        max_distance: the largest |p_i - p_j| that can occur; by default read from the positions.
+
+    Gradients reach w1, b1, w2, b2, c and L. Not causal by itself.
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes; positions that are not integers.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 6, 8)
+    >>> w1, b1, w2, b2 = torch.randn(32), torch.randn(32), torch.randn(2, 32), torch.zeros(2)
+    >>> b = fastpe.bias.Fire(w1, b1, w2.requires_grad_(), b2, c=torch.tensor(0.1), L=512.0)
+    >>> fastpe.attention(q, q, q, bias=b, is_causal=True).sum().backward(); w2.grad.shape
+    torch.Size([2, 32])
+    """
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    c: Tensor
+    L: Tensor | float
+    eps: float = 1e-6
+    positions: Tensor | None = None
+    key_positions: Tensor | None = None
+    max_distance: int | None = None
+
+    _where = "fastpe.bias.Fire"
+
+    def __post_init__(self):
+        where = self._where
+        for what in ("w1", "b1", "w2", "b2", "c"):
+            _check.is_float(where, what, getattr(self, what))
+        if isinstance(self.L, Tensor):
+            _check.is_float(where, "L", self.L)
+        else:
+            _check.number(where, "L", self.L)
+        for what in ("c", "L"):
+            x = getattr(self, what)
+            if isinstance(x, Tensor) and x.numel() != 1:
+                raise ValueError(f"{where}: {what} must have one element, got {_check.shape(x)}")
+        width = self.b1.shape[0] if self.b1.dim() == 1 else -1
+        shapes = {"w1": ((width,), (width, 1)), "b1": ((width,),), "b2": ((self.b2.numel(),),), "w2": ((self.b2.numel(), width),)}
+        for what, allowed in shapes.items():
+            if width < 1 or tuple(getattr(self, what).shape) not in allowed:
+                got = ", ".join(f"{n} {_check.shape(getattr(self, n))}" for n in ("w1", "b1", "w2", "b2"))
+                raise ValueError(f"{where}: w1, b1, w2, b2 must be (W,), (W,), (H, W), (H,), got {got}")
+        _check.number(where, "eps", self.eps)
+        _integer_positions(where, self.positions, self.key_positions)
+
+    @classmethod
+    def from_mlp(cls, mlp: torch.nn.Module, c: Tensor, L: Tensor | float, **kwargs) -> Fire:
+        """The bias of Sequential(Linear(1, W), ReLU(), Linear(W, H)); kwargs are those of Fire.
+
+        Raises:
+            NotImplementedError: another network, which is not piecewise linear in this form. Its function of the distance
+                fits `RelativeTable` where rows need no normaliser, any function at all fits `Dense`.
+
+        >>> import torch, fastpe
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> fastpe.bias.Fire.from_mlp(mlp, torch.tensor(0.1), 512.0).w2.shape
+        torch.Size([4, 32])
+        """
+        parts = list(mlp) if isinstance(mlp, torch.nn.Sequential) else [mlp]
+        kinds = [type(part) for part in parts]
+        linear = torch.nn.Linear
+        if kinds != [linear, torch.nn.ReLU, linear] or parts[0].in_features != 1 or any(x.bias is None for x in (parts[0], parts[2])):
+            raise NotImplementedError(
+                f"{cls._where}: the network must be Linear(1, W), ReLU, Linear(W, H) with biases, got "
+                f"{', '.join(kind.__name__ for kind in kinds)}; use fastpe.bias.RelativeTable or fastpe.bias.Dense for others"
+            )
+        return cls(parts[0].weight, parts[0].bias, parts[2].weight, parts[2].bias, c, L, **kwargs)
+
+    def _network(self, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        for what in ("w1", "b1", "w2", "b2", "c"):
+            _check.on_device(self._where, what, getattr(self, what), call.device)
+        if self.b2.shape[0] not in (1, call.H):
+            raise ValueError(f"{self._where}: w2 has {self.b2.shape[0]} heads, the call has {call.H}")
+        return self.w1.reshape(-1).double(), self.b1.double(), self.w2.double(), self.b2.double()
+
+    def _scalars(self, call: Call) -> tuple[Tensor, Tensor]:
+        c = self.c.reshape(()).double().abs()
+        if not isinstance(self.L, Tensor):
+            return c, torch.full((), abs(float(self.L)), dtype=torch.float64, device=call.device)
+        return c, self.L.reshape(()).double().abs()
+
+    def _normaliser(self, call: Call, p: Tensor) -> Tensor:
+        """log(|c| max(p, L) + 1) + eps, float64, p's shape."""
+        c, threshold = self._scalars(call)
+        return torch.log(c * torch.maximum(p.double(), threshold) + 1) + self.eps
+
+    def _pieces(self, call: Call) -> Tensor:
+        """(3, H|1, W + 1): where each piece of the network begins, its slope and its intercept."""
+        w1, b1, w2, b2 = self._network(call)
+        flat = w1 == 0
+        at = torch.where(flat, torch.inf, -b1 / torch.where(flat, 1.0, w1)).detach()
+        start, order = torch.sort(at)
+        rank = torch.argsort(order)
+        piece = torch.arange(start.shape[0] + 1, device=call.device)
+        # A unit is on beyond its kink when its weight is positive, before it when negative.
+        on = torch.where((w1 > 0)[:, None], piece > rank[:, None], piece <= rank[:, None])
+        on = torch.where(flat[:, None], (b1 > 0)[:, None], on).double()
+        slope = w2 @ (w1[:, None] * on)
+        intercept = b2[:, None] + w2 @ (b1[:, None] * on)
+        start = torch.cat([start.new_full((1,), -torch.inf), start])
+        return torch.stack(torch.broadcast_tensors(start, slope, intercept)).to(call.dtype)
+
+    def op_args(self, call: Call) -> OpBias:
+        u = w = None
+        if self.positions is None:
+            p = call.query_index()[None, None]
+            reach = (call.Nk if call.causal else torch.sym_max(call.Nq, call.Nk)) - 1
+        else:
+            p, keys = _mapped(call, self._where, self.positions, self.key_positions)
+            reach = _reach_of(self._where, p, keys, self.max_distance)
+            u, w = _shifted(call, p, keys)
+        c, _ = self._scalars(call)
+        n = torch.arange(torch.sym_max(reach, 0) + 1, device=call.device)
+        table = torch.log(c * n + 1).to(call.dtype)[None]
+        gamma = (1 / self._normaliser(call, p)).to(call.dtype).contiguous()
+        return OpBias(FORMS["fire"], gamma=gamma, u=u, w=w, table=table, pieces=self._pieces(call).contiguous())
+
+    def materialize(self, call: Call) -> Tensor:
+        if self.positions is None:
+            p, keys = call.query_index()[None, None], call.key_index()[None, None]
+        else:
+            p, keys = _mapped(call, self._where, self.positions, self.key_positions)
+        w1, b1, w2, b2 = self._network(call)
+        c, _ = self._scalars(call)
+        n = (p[..., :, None] - keys[..., None, :]).abs()
+        x = torch.log(c * n + 1) / self._normaliser(call, p)[..., None]
+        b = torch.relu(x[..., None] * w1 + b1) @ w2.T + b2
+        if x.shape[1] == 1:
+            return b[:, 0].movedim(-1, 1)
+        index = torch.arange(call.H, device=call.device) if b.shape[-1] > 1 else torch.zeros(call.H, dtype=torch.int64)
+        return b.gather(-1, index[None, :, None, None, None].expand(*b.shape[:-1], 1))[..., 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One number for each query (or key) and relative offset
+
+
+class _Indexed(Bias):
+    _where = "fastpe.bias"
+    _side = "queries"
+
+    def __post_init__(self):
+        _check.is_float(self._where, "terms", self.terms)
+        if self.terms.dim() != 4 or self.terms.shape[3] < 1:
+            raise ValueError(f"{self._where}: terms must be (B, H, {self._side}, R), got {_check.shape(self.terms)}")
+        if self.index is None and self.terms.shape[3] % 2 == 0:
+            raise ValueError(
+                f"{self._where}: without index, terms hold 2 M + 1 offsets, got R = {self.terms.shape[3]}; give index for another order"
+            )
+        if self.index is not None and not callable(self.index):
+            raise TypeError(f"{self._where}: index must be a callable of the distance, got {type(self.index).__name__}")
+
+    def _terms(self, call: Call) -> Tensor:
+        n = call.Nq if self._side == "queries" else call.Nk
+        x, entries = self.terms, self.terms.shape[3]
+        axes = ("batch entries", call.B), ("heads", call.H), (self._side, n)
+        call.fits(self._where, "terms", x.shape[:3], *axes)
+        return call.aux(self._where, "terms", x).expand(call.B, call.H, n, entries)
+
+    def _entry(self, d: Tensor) -> Tensor:
+        """The entry of distances I - j; negative: none."""
+        entries = self.terms.shape[3]
+        if self.index is None:
+            return d.clamp(-(entries // 2), entries // 2) + entries // 2
+        e = self.index(d.reshape(-1))
+        _check.is_integer(self._where, "the result of index", e)
+        if e.shape != (d.numel(),):
+            raise ValueError(f"{self._where}: index must return ({d.numel()},) for {d.numel()} distances, got {_check.shape(e)}")
+        if e.numel() and _check.can_read(e) and int(e.max()) >= entries:
+            raise ValueError(f"{self._where}: index returns {int(e.max())}, terms have {entries} entries")
+        return e.reshape(d.shape)
+
+    def _lut(self, call: Call) -> Tensor:
+        far = torch.sym_max(torch.sym_max(call.Nq, call.Nk) - 1, 0)
+        return self._entry(-torch.arange(-far, far + 1, device=call.device)).to(torch.int32)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+@_define
+class RowTable(_Indexed):
+    """b_ij = terms[i, entry(I - j)]: every query brings one number for each relative offset, usually terms = scale * q E^T.
+
+    Serves Shaw's relative keys, Transformer-XL, DeBERTa and distance banks; `relative_key`, `transformer_xl`, `deberta` and
+    `distance_bank` make the terms. Their products stay in torch, so gradients reach q and the embeddings through them.
+
+    Args:
+        terms: (B | 1, H | 1, Nq, R) float.
+        index: the entry of a distance: a callable of int64 distances I - j (n,) that returns integers (n,) below R; negative
+            adds nothing. Default: clamp(I - j, -M, M) + M with R = 2 M + 1.
+
+    Memory is Nq * R numbers for each head: linear for clipped or bucketed tables.
+
+    >>> import torch, fastpe
+    >>> q, table = torch.randn(1, 2, 6, 8), torch.randn(2 * 3 + 1, 8, requires_grad=True)
+    >>> b = fastpe.bias.RowTable(8**-0.5 * q @ table.T)
+    >>> fastpe.attention(q, q, q, bias=b).sum().backward(); table.grad.shape
+    torch.Size([7, 8])
+    """
+
+    terms: Tensor
+    index: Callable[[Tensor], Tensor] | None = None
+
+    _where = "fastpe.bias.RowTable"
+
+    def op_args(self, call: Call) -> OpBias:
+        return OpBias(rows=_last_contiguous(self._terms(call)), index=self._lut(call))
+
+    def materialize(self, call: Call) -> Tensor:
+        e = self._entry(call.distance())
+        b = self._terms(call).double().gather(3, e.clamp(min=0).expand(call.B, call.H, *e.shape))
+        return torch.where(e < 0, 0.0, b)
+
+
+@_define
+class ColTable(_Indexed):
+    """b_ij = terms[j, entry(I - j)]: every key brings one number for each relative offset, usually terms = scale * k F^T.
+
+    Args:
+        terms: (B | 1, H | 1, Nk, R) float, by query head.
+        index: as in `RowTable`; both in one call must have the same R and index.
+
+    >>> import torch, fastpe
+    >>> q, k, table = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(7, 8)
+    >>> b = fastpe.bias.RowTable(q @ table.T) + fastpe.bias.ColTable(k @ table.T)
+    >>> fastpe.attention(q, k, k, bias=b).shape
+    torch.Size([1, 2, 6, 8])
+    """
+
+    terms: Tensor
+    index: Callable[[Tensor], Tensor] | None = None
+
+    _where = "fastpe.bias.ColTable"
+    _side = "keys"
+
+    def op_args(self, call: Call) -> OpBias:
+        return OpBias(cols=_last_contiguous(self._terms(call)), index=self._lut(call))
+
+    def materialize(self, call: Call) -> Tensor:
+        e = self._entry(call.distance()).T
+        b = self._terms(call).double().gather(3, e.clamp(min=0).expand(call.B, call.H, *e.shape))
+        return torch.where(e < 0, 0.0, b).transpose(2, 3)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision to float32: terms are float32 in the kernel."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _scale_of(x: Tensor, scale: float | None) -> float:
+    return x.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _query_heads(query: Tensor, key: Tensor) -> Tensor:
+    return _wide(key).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
+def relative_key(query: Tensor, table: Tensor, *, key: Tensor | None = None, scale: float | None = None) -> Bias:
+    """Relative keys of Shaw et al., arXiv 1803.02155: b = scale * q_i . E[I - j], distances clipped to the table.
+
+    Args:
+        query: (B, H, Nq, D), what is given to attention.
+        table: E, (2 M + 1, D) float, entry M at distance 0.
+        key: with it also + scale * k_j . E[I - j], method 4 of arXiv 2009.13658 ("relative_key_query").
+        scale: default 1 / sqrt(D), as in attention.
+
+    The value term of the original paper is no bias and not part of this.
+
+    >>> import torch, fastpe
+    >>> q, table = torch.randn(1, 2, 6, 8), torch.randn(11, 8)
+    >>> fastpe.attention(q, q, q, bias=fastpe.bias.relative_key(q, table, key=q)).shape
+    torch.Size([1, 2, 6, 8])
+    """
+    scale = _scale_of(query, scale)
+    rows = RowTable(scale * _wide(query) @ _wide(table).T)
+    return rows if key is None else rows + ColTable(scale * _query_heads(query, key) @ _wide(table).T)
+
+
+def _causal_entry(entries: int) -> Callable[[Tensor], Tensor]:
+    def entry(d: Tensor) -> Tensor:
+        return torch.where((d >= 0) & (d < entries), d, -1)
+
+    return entry
+
+
+def transformer_xl(
+    query: Tensor, key: Tensor, r: Tensor, content_bias: Tensor, position_bias: Tensor, *, scale: float | None = None
+) -> Bias:
+    """Transformer-XL, arXiv 1901.02860: scale * (u_h . k_j + (q_i + v_h) . r_{h, I - j}) beside scale * q_i . k_j. Causal.
+
+    Args:
+        query, key: (B, H, Nq, D), (B, Hk, Nk, D), what is given to attention.
+        r: projected sinusoids of the distances 0, 1, ..., (T, H, D) with T at least Nk.
+        content_bias, position_bias: u and v, (H, D).
+        scale: default 1 / sqrt(D).
+
+    >>> import torch, fastpe
+    >>> q, r, u = torch.randn(1, 2, 6, 8), torch.randn(6, 2, 8), torch.zeros(2, 8)
+    >>> fastpe.attention(q, q, q, bias=fastpe.bias.transformer_xl(q, q, r, u, u), is_causal=True).shape
+    torch.Size([1, 2, 6, 8])
+    """
+    scale = _scale_of(query, scale)
+    if r.shape[0] < key.shape[2]:
+        raise ValueError(f"fastpe.bias.transformer_xl: r holds {r.shape[0]} distances, {key.shape[2]} keys need as many")
+    rows = scale * (_wide(query) + _wide(position_bias)[:, None]) @ _wide(r).permute(1, 2, 0)
+    by_key = scale * (_query_heads(query, key) * _wide(content_bias)[:, None]).sum(-1)
+    return RowTable(rows, _causal_entry(r.shape[0])) + Dense(by_key[:, :, None])
+
+
+def deberta_bucket(distance: Tensor, buckets: int = 256, max_distance: int = 512) -> Tensor:
+    """The signed bucket of DeBERTa-v2 (arXiv 2006.03654): the distance I - j itself near 0, logarithmic beyond buckets / 2.
+
+    Args:
+        distance: integers, any shape.
+        buckets, max_distance: `position_buckets` and `max_relative_positions` of the released models.
+
+    >>> import torch, fastpe
+    >>> fastpe.bias.deberta_bucket(torch.tensor([-40, -3, 0, 2, 20]), 8, 64)
+    tensor([-7, -3,  0,  2,  6])
+    """
+    mid = buckets // 2
+    size = torch.where(distance.abs() < mid, mid - 1, distance.abs())
+    far = torch.ceil(torch.log(size.float() / mid) / math.log((max_distance - 1) / mid) * (mid - 1)) + mid
+    return torch.where(size <= mid, distance, far.to(distance.dtype) * distance.sign())
+
+
+def deberta(
+    query: Tensor,
+    key: Tensor,
+    key_table: Tensor,
+    query_table: Tensor,
+    *,
+    buckets: int = 256,
+    max_distance: int = 512,
+    scale: float | None = None,
+) -> Bias:
+    """Disentangled attention of DeBERTa-v2, arXiv 2006.03654: scale * (q_i . K[h, e] + k_j . Q[h, e]), e by bucket of I - j.
+
+    Attention itself is called with the same scale.
+
+    Args:
+        query, key: (B, H, Nq, D), (B, Hk, Nk, D), what is given to attention.
+        key_table, query_table: projected relative embeddings, (H, 2 * buckets, D).
+        buckets, max_distance: see `deberta_bucket`.
+        scale: default 1 / sqrt(3 D).
+
+    >>> import torch, fastpe
+    >>> q, table = torch.randn(1, 2, 6, 8), torch.randn(2, 16, 8)
+    >>> b = fastpe.bias.deberta(q, q, table, table, buckets=8, max_distance=64)
+    >>> fastpe.attention(q, q, q, bias=b, scale=24**-0.5).shape
+    torch.Size([1, 2, 6, 8])
+    """
+    scale = (3 * query.shape[-1]) ** -0.5 if scale is None else scale
+
+    def entry(d: Tensor) -> Tensor:
+        return (deberta_bucket(d, buckets, max_distance) + buckets).clamp(0, 2 * buckets - 1)
+
+    rows = scale * _wide(query) @ _wide(key_table).transpose(-1, -2)
+    cols = scale * _query_heads(query, key) @ _wide(query_table).transpose(-1, -2)
+    return RowTable(rows, entry) + ColTable(cols, entry)
+
+
+def distance_bank(weights: Tensor, bank: Tensor) -> RowTable:
+    """A row-projected bank of distance curves (x-transformers): b = sum_r weights[i, r] bank[r, I - j] for 0 <= I - j < M, else 0.
+
+    Args:
+        weights: (B, H, Nq, R) float.
+        bank: (R, M) float.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 6, 8)
+    >>> b = fastpe.bias.distance_bank(torch.randn(1, 2, 6, 3), torch.randn(3, 4))
+    >>> fastpe.attention(q, q, q, bias=b, is_causal=True).shape
+    torch.Size([1, 2, 6, 8])
+    """
+    return RowTable(_wide(weights) @ _wide(bank), _causal_entry(bank.shape[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense
+
+
+@_define
+class Dense(Bias):
+    """An additive tensor: what no other bias can say, at the quadratic memory it costs.
+
+    Args:
+        values: (Nq | 1, Nk | 1), (H | 1, Nq | 1, Nk | 1) or (B | 1, H | 1, Nq | 1, Nk | 1) float. (B, H, 1, Nk) is a bias by
+            key, linear in memory. -inf hides a pair. Used in float32 (float64 in a float64 call).
+
+    The gradient has the shape of `values`: dS summed over what was broadcast, in a fixed order. Tiles are not skipped under
+    the bound in a call with a dense bias. Methods that mix heads, such as DAPE (arXiv 2405.14722), come down to this: the
+    scores are made outside, and what is added to scale * <q, k> is given here.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 5, 8)
+    >>> x = torch.zeros(2, 5, 5, requires_grad=True)
+    >>> fastpe.attention(q, q, q, bias=fastpe.bias.Dense(x) + fastpe.bias.Alibi(2)).sum().backward(); x.grad.shape
+    torch.Size([2, 5, 5])
+    """
+
+    values: Tensor
+
+    _where = "fastpe.bias.Dense"
+
+    def __post_init__(self):
+        _check.is_float(self._where, "values", self.values)
+        if self.values.dim() not in (2, 3, 4):
+            raise ValueError(
+                f"{self._where}: values must be (Nq, Nk), (H, Nq, Nk) or (B, H, Nq, Nk), got {_check.shape(self.values)}"
+            )
+
+    def _full(self, call: Call) -> Tensor:
+        x = self.values[(None,) * (4 - self.values.dim())]
+        axes = ("batch entries", call.B), ("heads", call.H), ("queries", call.Nq), ("keys", call.Nk)
+        call.fits(self._where, "values", x.shape, *axes)
+        _check.on_device(self._where, "values", x, call.device)
+        return x
+
+    def op_args(self, call: Call) -> OpBias:
+        x = self._full(call).to(call.dtype)
+        if x.requires_grad or x.stride(3) != 1:
+            x = x.contiguous()
+        return OpBias(dense=x)
+
+    def materialize(self, call: Call) -> Tensor:
+        return self._full(call).double()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Counting gates
 
-from ._cope import Cope, PerRowForget  # noqa: E402, F401  (after the base class they build on)
+from ._cope import Contextual, Cope, PerRowForget  # noqa: E402, F401  (after the base class they build on)

@@ -23,6 +23,7 @@ __all__ = [
     "AlibiBias",
     "CableBias",
     "CopeBias",
+    "FireBias",
     "ForgetBias",
     "KerpleBias",
     "RotaryEmbedding",
@@ -72,6 +73,7 @@ class KerpleBias(torch.nn.Module):
     Args:
         heads: number of query heads.
         kind: "log" or "power".
+        weighted: also learn the multiplicative kernel exp(-weight_a |I - j|^weight_p) of the paper's code, from the same ranges.
 
     >>> import torch, fastpe
     >>> q = torch.randn(1, 4, 6, 8)
@@ -83,7 +85,7 @@ class KerpleBias(torch.nn.Module):
 
     least = 0.01
 
-    def __init__(self, heads: int, *, kind: str = "log"):
+    def __init__(self, heads: int, *, kind: str = "log", weighted: bool = False):
         super().__init__()
         where = "fastpe.nn.KerpleBias"
         _heads(where, heads)
@@ -92,18 +94,25 @@ class KerpleBias(torch.nn.Module):
         self.kind = kind
         self.p = torch.nn.Parameter(torch.empty(heads))
         self.a = torch.nn.Parameter(torch.empty(heads))
+        self.weight_p = torch.nn.Parameter(torch.empty(heads)) if weighted else None
+        self.weight_a = torch.nn.Parameter(torch.empty(heads)) if weighted else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        torch.nn.init.uniform_(self.p, 0.0, 2.0)
-        torch.nn.init.uniform_(self.a, 0.0, 1.0)
+        for p, a in ((self.p, self.a), (self.weight_p, self.weight_a)):
+            if p is not None:
+                torch.nn.init.uniform_(p, 0.0, 2.0)
+                torch.nn.init.uniform_(a, 0.0, 1.0)
 
     def forward(self, x: Tensor | None = None) -> bias.Kerple:
         """The bias; x is not looked at."""
         with torch.no_grad():
             self.p.clamp_(min=self.least, max=2.0 if self.kind == "power" else None)
             self.a.clamp_(min=self.least)
-        return bias.Kerple(self.p, self.a, self.kind)
+            if self.weight_p is not None:
+                self.weight_p.clamp_(min=self.least, max=2.0)
+                self.weight_a.clamp_(min=self.least)
+        return bias.Kerple(self.p, self.a, self.kind, self.weight_p, self.weight_a)
 
 
 class T5Bias(torch.nn.Module):
@@ -148,6 +157,44 @@ class T5Bias(torch.nn.Module):
     def forward(self, x: Tensor | None = None) -> bias.T5:
         """The bias; x is not looked at."""
         return bias.T5(self.table, self.bidirectional, self.max_distance, self.factor)
+
+
+class FireBias(torch.nn.Module):
+    """FIRE (arXiv 2310.04418): a network Linear(1, width), ReLU, Linear(width, heads) with torch's default initialisation, a
+    learnable c and a learnable factor of the threshold.
+
+    Args:
+        heads: number of query heads.
+        width: 32 in the paper.
+        c: initial value, 0.1 in the paper.
+        L: the threshold L0, 512 in the paper; the module learns `L_mult`, 1 at first.
+        eps: 1e-6.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 4, 6, 8)
+    >>> m = fastpe.nn.FireBias(4)
+    >>> fastpe.attention(q, q, q, bias=m(), is_causal=True).sum().backward()
+    >>> m.c.grad.shape, m.mlp[0].weight.grad.shape
+    (torch.Size([]), torch.Size([32, 1]))
+    """
+
+    def __init__(self, heads: int, *, width: int = 32, c: float = 0.1, L: float = 512.0, eps: float = 1e-6):
+        super().__init__()
+        where = "fastpe.nn.FireBias"
+        _heads(where, heads)
+        _check.count(where, "width", width, 1)
+        self.L, self.eps = _check.number(where, "L", L, positive=True), _check.number(where, "eps", eps)
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(1, width), torch.nn.ReLU(), torch.nn.Linear(width, heads))
+        self.c = torch.nn.Parameter(torch.tensor(_check.number(where, "c", c)))
+        self.L_mult = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(
+        self, x: Tensor | None = None, *, positions: Tensor | None = None, max_distance: int | None = None
+    ) -> bias.Fire:
+        """The bias; x is not looked at. positions, max_distance: as in `fastpe.bias.Fire`; the paper's random positions are
+        `fastpe.positions.randomized(n, limit)`, drawn anew for each training step."""
+        threshold = self.L_mult * self.L
+        return bias.Fire.from_mlp(self.mlp, self.c, threshold, eps=self.eps, positions=positions, max_distance=max_distance)
 
 
 class SandwichBias(torch.nn.Module):

@@ -22,6 +22,11 @@ NEEDS = {
     "bias_w": 64,
     "bias_table": 128,
     "row_scale": 256,
+    "bias_pieces": 512,
+    "bias_omega": 1024,
+    "bias_rows": 2048,
+    "bias_cols": 4096,
+    "bias_dense": 8192,
 }
 
 # attn_fwd's arguments, in order.
@@ -29,9 +34,12 @@ _ARGS = (
     "q", "k", "v", "q_rope", "k_rope", "rope_layout",
     "bias_form", "bias_params", "bias_gamma", "bias_u", "bias_w", "bias_base", "bias_table",
     "left", "right", "sinks", "q_ids", "k_ids", "mask",
-    "row_scale", "sink", "scale", "softcap", "softcap_mul", "skip_eps", "keep_residual",
+    "row_scale", "sink", "scale", "softcap", "softcap_mul", "skip_eps",
+    "bias_pieces", "bias_omega", "bias_rows", "bias_cols", "bias_index", "bias_dense", "softcap_bias", "keep_residual",
 )  # fmt: skip
-_PLAIN = ("rope_layout", "bias_form", "left", "right", "sinks", "scale", "softcap", "softcap_mul", "skip_eps", "keep_residual")
+_PLAIN = (
+    "rope_layout", "bias_form", "left", "right", "sinks", "scale", "softcap", "softcap_mul", "skip_eps", "softcap_bias", "keep_residual",
+)  # fmt: skip
 
 
 def aux_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,9 +63,9 @@ def _(q, k, v, *rest):
 
 
 @torch.library.register_fake("fastpe::attn_bwd")
-def _(dout, dlse, q, k, v, out, lse, residual, q_rope, k_rope, rope_layout, bias_form, params, gamma, u, w, base, table,
-      left, right, sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps, needs):  # fmt: skip
-    inputs = dict(zip(NEEDS, (q, k, v, params, gamma, u, w, table, row_scale)))
+def _(dout, dlse, q, k, v, out, lse, residual, *rest):
+    inputs = {"q": q, "k": k, "v": v} | dict(zip(_ARGS[3:-1], rest))
+    needs = rest[-1]
 
     def gradient(what):
         x = inputs[what]

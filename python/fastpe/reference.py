@@ -1,6 +1,6 @@
 """The dense definition of everything fastpe computes: float64, differentiable, readable, slow.
 
-Scores are formed in this order, which is normative: scale, head and row scale, softcap, bias, temperature, visibility,
+Scores are formed in this order, which is normative: scale, head and row scale, multiplicative kernel, softcap, bias, temperature, visibility,
 sink. Every bias and mask object states its own dense form (`materialize`); nothing here goes through the kernels.
 """
 
@@ -33,6 +33,7 @@ def attention(
     head_scale: Tensor | float | None = None,
     row_scale: Tensor | None = None,
     softcap: float | None = None,
+    softcap_includes_bias: bool = False,
     temperature: Tensor | float | None = None,
     sink: Tensor | None = None,
     is_causal: bool = False,
@@ -59,8 +60,9 @@ def attention(
     query, key, factor, b, visible, tau = parts
     sink = None if sink is None else sink.double()
     return softmax_attention(
-        query, key, value.double(), factor, b, visible, softcap=softcap, temperature=tau, sink=sink, return_lse=return_lse
-    )
+        query, key, value.double(), factor, b, visible, softcap=softcap, softcap_includes_bias=softcap_includes_bias,
+        temperature=tau, sink=sink, return_lse=return_lse,
+    )  # fmt: skip
 
 
 def dense_parts(query, key, value, *, rope, bias, mask, positions, key_positions, scale, head_scale, row_scale, temperature, is_causal):
@@ -90,7 +92,9 @@ def dense_parts(query, key, value, *, rope, bias, mask, positions, key_positions
         b = bias.materialize_for(call, query, key, value, visible)
     else:
         b = None if bias is None else bias.materialize(call)
-    return query, key, scale * rho[..., None], b, visible, tau
+    omega = None if bias is None or isinstance(bias, Contextual) else bias.multiplier(call)
+    factor = scale * rho[..., None]
+    return query, key, factor if omega is None else factor * omega, b, visible, tau
 
 
 def _heads(x: Tensor | float, like: Tensor) -> Tensor:
@@ -108,6 +112,7 @@ def softmax_attention(
     visible: Tensor,
     *,
     softcap: float | None = None,
+    softcap_includes_bias: bool = False,
     temperature: Tensor | float | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
@@ -120,18 +125,20 @@ def softmax_attention(
 
     Args:
         query, key, value: (B, H, Nq, D), (B, Hk, Nk, D), (B, Hk, Nk, Dv), one dtype.
-        factor: multiplies the products; broadcastable to (B, H, Nq, 1).
+        factor: multiplies the products; broadcastable to (B, H, Nq, Nk).
         bias: broadcastable to (B, H, Nq, Nk), or None.
         visible: bool, broadcastable to (B, H, Nq, Nk).
-        softcap, temperature, sink: as in `attention`; temperature broadcastable to (B, H, Nq, 1).
+        softcap, softcap_includes_bias, temperature, sink: as in `attention`; temperature broadcastable to (B, H, Nq, 1).
         softmax_dtype: of scores, softmax and lse.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     x = factor * (query @ key.transpose(-1, -2)).to(softmax_dtype)
-    if softcap is not None:
+    if softcap is not None and not softcap_includes_bias:
         x = softcap * torch.tanh(x / softcap)
     s = x if bias is None else x + bias
+    if softcap is not None and softcap_includes_bias:
+        s = softcap * torch.tanh(s / softcap)
     if temperature is not None:
         s = s / temperature
     s = torch.where(visible, s, -torch.inf)

@@ -13,16 +13,10 @@ from fastpe import bias, mask
 
 # Files whose method is not in fastpe yet.
 LATER_FILES = {
-    "bias_fire": "fastpe.bias.Fire",
-    "bias_qrel": "fastpe.bias.RowTable and ColTable",
-    "bias_relproj": "fastpe.bias.RowTable",
-    "bias_dense": "fastpe.bias.Dense",
-    "bias_dape": "mixes heads: no per-head bias; fastpe.bias.Dense with scores made outside",
     "chunk_anchor": "fastpe.mask.intervals",
     "chunk_ape": "fastpe.merge",
     "chunk_ccm": "fastpe.mask.segments",
     "chunk_cepe": "fastpe.merge",
-    "chunk_context_pruning": "fastpe.bias.Dense",
     "chunk_dca": "fastpe.region.dual_chunk",
     "chunk_extended_mind": "fastpe.region.key_set",
     "chunk_gali": "fastpe.positions.gali and logit noise",
@@ -50,8 +44,6 @@ LATER_FILES = {
 
 # Cases of supported files that the public names cannot express.
 NOT_RUN = {
-    ("bias_kerple", "power_weighted"): "multiplies the scores by a function of the distance; the score has no such factor",
-    ("bias_score_mods", "alibi_then_softcap"): "caps after the bias; attention caps before it",
 }
 
 # Gradients stored beside the inputs' own that nothing public holds.
@@ -182,6 +174,75 @@ def _cope(**options):
     return call
 
 
+def _dense(a, leaf, watch):
+    return {"bias": bias.Dense(leaf("bias"))}
+
+
+def _qrel(make):
+    """A bias made from query and key: make(a, leaf) -> bias(q, k)."""
+
+    def call(a, leaf, watch):
+        of = make(a, leaf)
+        causal = "mask" in a
+
+        def run(attention, q, k, v, **kwargs):
+            return attention(q, k, v, bias=of(q, k), is_causal=causal, return_lse=True, **kwargs)
+
+        return {"run": run}
+
+    return call
+
+
+def _shaw(with_key):
+    def make(a, leaf):
+        table = leaf("table")
+        return lambda q, k: bias.relative_key(q, table, key=k if with_key else None)
+
+    return make
+
+
+def _transformer_xl(a, leaf):
+    r, u, v = leaf("r"), leaf("u"), leaf("v_bias")
+    return lambda q, k: bias.transformer_xl(q, k, r, u, v)
+
+
+def _deberta(a, leaf):
+    k_rel, q_rel = leaf("k_rel"), leaf("q_rel")
+    return lambda q, k: bias.deberta(q, k, k_rel, q_rel, buckets=8, max_distance=64)
+
+
+def _ram(a, leaf):
+    table = leaf("table")
+    n = table.shape[0]
+    return lambda q, k: bias.RowTable(
+        q.shape[-1] ** -0.5 * q.to(table.dtype) @ table.T, lambda d: torch.where((d >= 0) & (d < n), d, -1)
+    )
+
+
+def _fire(a, leaf, watch):
+    network = (leaf(name) for name in ("w1", "b1", "w2", "b2"))
+    positions = a["positions"].long() if "positions" in a else None
+    threshold = leaf("L_mult") * float(a["init_L"])
+    return {
+        "bias": bias.Fire(*network, leaf("c"), threshold, float(a["eps"]), positions),
+        "is_causal": "mask" in a,
+    }
+
+
+def _dape(a, leaf, watch):
+    """S = x + a + MLP([x; a]) over the heads of both: made outside, given as a dense bias."""
+    w1, b1, w2, b2 = (leaf(name) for name in ("w1", "b1", "w2", "b2"))
+    alibi, scale = a["bias"], float(a["scale"])
+
+    def run(attention, q, k, v, **kwargs):
+        x = scale * (q.to(w1.dtype) @ k.to(w1.dtype).transpose(-1, -2))
+        both = torch.cat([x, alibi], 1).movedim(1, -1)
+        added = F.leaky_relu(both @ w1.T + b1, 0.01) @ w2.T + b2
+        return attention(q, k, v, bias=bias.Dense(alibi + added.movedim(-1, 1)), is_causal=True, return_lse=True, **kwargs)
+
+    return {"run": run}
+
+
 # (file, case) -> call(a, leaf, watch) -> the arguments of fastpe.attention beyond q, k, v and scale, or {"run": ...}.
 # `a` holds the arrays, leaf(name) is array `name` as an input that requires grad, watch(name, x) compares x's gradient.
 CALLS = {
@@ -219,6 +280,9 @@ CALLS = {
     ("bias_kerple", "power"): lambda a, leaf, watch: _causal(
         a, bias=bias.Kerple(leaf("bias_p"), leaf("bias_a"), "power")
     ),
+    ("bias_kerple", "power_weighted"): lambda a, leaf, watch: _causal(
+        a, bias=bias.Kerple(leaf("bias_p"), leaf("bias_a"), "power", leaf("wei_p"), leaf("wei_a"))
+    ),
     ("bias_t5", "encoder"): _t5(True, 32, False),
     ("bias_t5", "decoder"): _t5(False, 48, True),
     ("bias_t5", "encoder_temperature"): _t5(True, 32, False),
@@ -255,6 +319,28 @@ CALLS = {
     ("bias_score_mods", "head_row_scale_with_alibi"): _scored_alibi,
     ("bias_score_mods", "softcap"): lambda a, leaf, watch: _causal(a, softcap=float(a["softcap"])),
     ("bias_score_mods", "softcap_then_alibi"): _scored_alibi,
+    ("bias_score_mods", "alibi_then_softcap"): lambda a, leaf, watch: _scored_alibi(a, leaf, watch)
+    | {"softcap_includes_bias": True},
+    ("bias_qrel", "relative_key"): _qrel(_shaw(False)),
+    ("bias_qrel", "relative_key_query"): _qrel(_shaw(True)),
+    ("bias_qrel", "transformer_xl"): _qrel(_transformer_xl),
+    ("bias_qrel", "deberta_v2"): _qrel(_deberta),
+    ("bias_qrel", "ram_relative"): _qrel(_ram),
+    ("bias_relproj", "causal"): lambda a, leaf, watch: _causal(
+        a, bias=bias.distance_bank(leaf("row_weights"), leaf("distance_bank"))
+    ),
+    **{
+        ("bias_fire", case): _fire
+        for case in ("causal_L512", "causal_small_L", "bidirectional_small_L", "random_positions", "dape_flavour")
+    },
+    ("bias_dense", "full"): _dense,
+    ("bias_dense", "head_broadcast_batch"): _dense,
+    ("bias_dense", "batch_broadcast_head"): _dense,
+    ("bias_dense", "key_only"): _dense,
+    ("bias_dape", "alibi_dape_v1"): _dape,
+    ("chunk_context_pruning", "alpha15"): lambda a, leaf, watch: _causal(a, **_dense(a, leaf, watch)),
+    ("chunk_context_pruning", "alpha2"): lambda a, leaf, watch: _causal(a, **_dense(a, leaf, watch)),
+    ("chunk_context_pruning", "sigmoid"): lambda a, leaf, watch: _causal(a, **_dense(a, leaf, watch)),
     ("bias_score_mods", "sink"): lambda a, leaf, watch: _causal(a, sink=leaf("sink")),
     ("bias_score_mods", "sink_with_prefix_bias"): lambda a, leaf, watch: _causal(
         a, bias=bias.Cable(_prefix(watch, F.logsigmoid(leaf("h") + 2))), sink=leaf("sink")

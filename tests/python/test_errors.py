@@ -72,7 +72,7 @@ TABLE = [
     (call(v=t(B, HK, N, 1).expand(-1, -1, -1, D)), ValueError, ATT + "value's last dimension must be contiguous, its stride is 0; pass value.contiguous()"),
     # objects
     (call(rope="rope"), TypeError, ATT + "rope must be a fastpe.rope object, got str"),
-    (call(bias=t(N, N)), TypeError, ATT + "bias must be a fastpe.bias object, got Tensor"),
+    (call(bias=t(N, N)), TypeError, ATT + "bias must be a fastpe.bias object (fastpe.bias.Dense wraps a tensor), got Tensor"),
     (call(mask=torch.ones(N, N, dtype=torch.bool)), TypeError, ATT + "mask must be a fastpe.mask object (fastpe.mask.dense wraps a bool tensor), got Tensor"),
     (call(region=object()), NotImplementedError, ATT + "region is not supported, got object"),
     (call(is_causal=1), TypeError, ATT + "is_causal must be a bool, got int"),
@@ -166,6 +166,12 @@ TABLE = [
     (lambda: bias.RelativeFn("cubic"), ValueError, "fastpe.bias.RelativeFn: kind must be one of linear, signed, abs, log, power, logsq, got 'cubic'"),
     (lambda: bias.RelativeFn("linear"), ValueError, "fastpe.bias.RelativeFn: kind linear takes params (a_plus, a_minus)"),
     (lambda: bias.RelativeFn("signed", (t(2), t(2))), ValueError, "fastpe.bias.RelativeFn: kind signed takes no params"),
+    (lambda: bias.Dense(t(3)), ValueError, "fastpe.bias.Dense: values must be (Nq, Nk), (H, Nq, Nk) or (B, H, Nq, Nk), got (3,)"),
+    (lambda: bias.Dense(ints([[1]])), TypeError, "fastpe.bias.Dense: values must be float32, bfloat16, float16 or float64, got int64"),
+    (bias_call(lambda: bias.Dense(t(N, 9))), ValueError, "fastpe.bias.Dense: values has 9 keys, the call has 10"),
+    (bias_call(lambda: bias.Dense(t(3, 1, N))), ValueError, "fastpe.bias.Dense: values has 3 heads, the call has 8"),
+    (bias_call(lambda: bias.Alibi(8) + bias.T5(t(32, 8))), ValueError, "fastpe.bias: Alibi and T5 both take the one closed form of a call; add functions of the distance in one RelativeTable(lambda d: ...), or give one of them as a Dense"),
+    (call(softcap_includes_bias=True), ValueError, ATT + "softcap_includes_bias without softcap"),
     # prefix sums
     (lambda: fastpe.prefix_sum(ints([1])), TypeError, "fastpe.prefix_sum: x must be float32, bfloat16, float16 or float64, got int64"),
     (lambda: fastpe.prefix_sum(t(())), ValueError, "fastpe.prefix_sum: x must have a token dimension, got a number"),

@@ -162,6 +162,60 @@ def _kernel_cable(d: _Draw):
     return biases.KernelCable(-F.softplus(h), F.softplus(d.leaf("hs", d.normal(c.B, c.H, c.Nk))))
 
 
+def _dense(*axes: str, beside: str | None = None):
+    """A dense bias over the axes named (the others broadcast), alone or added to another bias."""
+
+    def make(d: _Draw):
+        c = d.case
+        shape = [n if axis in axes else 1 for axis, n in (("B", c.B), ("H", c.H), ("Nq", c.Nq), ("Nk", c.Nk))]
+        x = biases.Dense(d.leaf("dense", d.normal(*shape)))
+        return x if beside is None else BIASES[beside](d) + x
+
+    return make
+
+
+def _weighted_kerple(d: _Draw):
+    h, leaf = d.case.H, d.leaf
+    pair = leaf("p", d.uniform(0.3, 1.5, h)), leaf("a", d.uniform(0.05, 0.5, h))
+    weight = leaf("weight_p", d.uniform(0.3, 1.0, h)), leaf("weight_a", d.uniform(0.05, 0.3, h))
+    return biases.Kerple(*pair, "power", *weight)
+
+
+def _table_positions(causal: bool):
+    def make(d: _Draw):
+        c = d.case
+        p, k = (torch.randint(0, 40, (c.B, n), generator=d.g) for n in (c.Nq, c.Nk))
+        return biases.RelativeTable(d.leaf("table", d.normal(c.H, 31)), causal, p, k)
+
+    return make
+
+
+def _rows_cols(d: _Draw):
+    c = d.case
+    rows, cols = (d.leaf(name, d.normal(c.B, c.H, n, 13)) for name, n in (("rows", c.Nq), ("cols", c.Nk)))
+    return biases.RowTable(rows) + biases.ColTable(cols)
+
+
+def _rows_clipped(d: _Draw):
+    c = d.case
+    rows = d.leaf("rows", d.normal(1, c.H, c.Nq, 3))
+    return biases.RowTable(rows, lambda r: torch.where(r < 0, -1, (r // 5).clamp(max=2))) + biases.Alibi(c.H)
+
+
+def _fire(random: bool):
+    def make(d: _Draw):
+        c = d.case
+        leaf = d.leaf
+        network = leaf("w1", d.normal(12)), leaf("b1", d.normal(12)), leaf("w2", d.normal(c.H, 12)), leaf("b2", d.normal(c.H))
+        scalars = leaf("c", d.uniform(0.1, 0.4, 1)[0]), leaf("L", d.uniform(9, 30, 1)[0])
+        if not random:
+            return biases.Fire(*network, *scalars)
+        p, k = (torch.randint(0, 90, (c.B, n), generator=d.g) for n in (c.Nq, c.Nk))
+        return biases.Fire(*network, *scalars, positions=p, key_positions=k)
+
+    return make
+
+
 def _forget(d: _Draw):
     z = d.leaf("z", d.normal(d.case.B, d.case.H, d.case.Nk) + 2)
     return biases.Forget(F.logsigmoid(z))
@@ -207,9 +261,30 @@ BIASES: dict[str, Callable[[_Draw], biases.Bias | None]] = {
     "cable_bidirectional": _cable(True, True),
     "kernel_cable": _kernel_cable,
     "forget": _forget,
+    "kerple_weighted": _weighted_kerple,
+    "table_positions": _table_positions(False),
+    "table_positions_causal": _table_positions(True),
+    "rows_cols": _rows_cols,
+    "rows_clipped": _rows_clipped,
+    "fire": _fire(False),
+    "fire_positions": _fire(True),
+    "dense": _dense("B", "H", "Nq", "Nk"),
+    "dense_heads": _dense("H", "Nq", "Nk"),
+    "dense_batch": _dense("B", "Nq", "Nk"),
+    "dense_shared": _dense("Nq", "Nk"),
+    "dense_by_key": _dense("B", "Nk"),
+    "dense_by_row": _dense("H", "Nq"),
+    "dense_and_alibi": _dense("Nq", "Nk", beside="alibi"),
+    "dense_and_cable": _dense("H", "Nk", beside="cable"),
     **{f"fn_{kind}": _relative(kind) for kind in ("linear", "signed", "abs", "log", "power", "logsq")},
 }
-NEEDS_KEYS = {"alibi_positions", "cable_v1", "cable", "cable_bidirectional", "kernel_cable", "forget"}
+# What the CPU kernels compose term by term and the CUDA kernels do not have.
+COMPOSED = {
+    "rows_cols", "rows_clipped", "kerple_weighted", "table_positions", "table_positions_causal", "fire", "fire_positions",
+    *(name for name in BIASES if name.startswith("dense")),
+}  # fmt: skip
+COMPOSED_SCORE = {"softcap_bias"}
+NEEDS_KEYS = {"dense_and_cable", "alibi_positions", "cable_v1", "cable", "cable_bidirectional", "kernel_cable", "forget"}
 
 
 def _documents(d: _Draw):
@@ -261,6 +336,7 @@ SCORE: dict[str, Callable[[_Draw], dict]] = {
     "head_scale": lambda d: {"head_scale": d.leaf("head_scale", d.uniform(0.5, 1.5, d.case.H))},
     "row_scale": lambda d: {"row_scale": d.leaf("row_scale", d.uniform(0.0, 1.5, d.case.B, 1, d.case.Nq))},
     "softcap": lambda d: {"softcap": 2.5},
+    "softcap_bias": lambda d: {"softcap": 2.5, "softcap_includes_bias": True},
     "temperature": lambda d: {"temperature": 0.8},
     "sink": lambda d: {"sink": d.leaf("sink", d.normal(d.case.H))},
 }

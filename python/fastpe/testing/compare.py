@@ -68,6 +68,7 @@ def eager_attention(
     head_scale=None,
     row_scale=None,
     softcap=None,
+    softcap_includes_bias=False,
     temperature=None,
     sink=None,
     is_causal=False,
@@ -87,6 +88,6 @@ def eager_attention(
         return None if x is None else x.to(wide)
 
     return reference.softmax_attention(
-        q.to(dtype), k.to(dtype), value, to(factor), to(b), visible, softcap=softcap, temperature=to(tau), sink=to(sink),
+        q.to(dtype), k.to(dtype), value, to(factor), to(b), visible, softcap=softcap, softcap_includes_bias=softcap_includes_bias, temperature=to(tau), sink=to(sink),
         return_lse=return_lse, softmax_dtype=wide,
     )  # fmt: skip
