@@ -136,7 +136,7 @@ def test_decayed_tiles_are_skipped_within_the_bound(bias, on_emulator):
 def test_residual_is_what_rounding_took(on_emulator, emu):
     run = build(dataclasses.replace(SMALL, bias="none"), torch.bfloat16)
     q, k, v = run.qkv
-    empty = [None] * 2 + [0, 0] + [None] * 6 + [0, 0, 0] + [None] * 5 + [0.25, 0.0, 0.0, 0.0]
+    empty = [None] * 2 + [0, 0] + [None] * 6 + [0, 0, 0] + [None] * 5 + [0.25, 0.0, 0.0, 0.0] + [None] * 6 + [False]
     with torch.no_grad():
         out, _, residual = torch.ops.fastpe_emu.attn_fwd(q, k, v, *empty, True)
         exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *empty, False)
