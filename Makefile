@@ -1,10 +1,12 @@
 # make demo     build, install into .venv and run the main example (quick setting)
 # make test     the same environment, then the whole test suite
 # make wheel    a wheel in dist/
+# make dev      compile what changed into python/fastpe, for running from the source folder (PYTHONPATH=python)
 # make clean    remove what was built; make distclean removes .venv too
 #
 # Variables: PYTHON (the interpreter to start from), PIP_ARGS (added to every pip install, for instance an index with
-# CPU builds of torch), PYTEST_ARGS, DEMO_ARGS.
+# CPU builds of torch), PYTEST_ARGS, DEMO_ARGS, DEV_ISAS (for make dev: compile "avx2;generic" only, say), BIN (the folder
+# of the python that make dev uses).
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +23,7 @@ SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
 unexport PYTHONPATH
 unexport PYTHONHOME
 
-.PHONY: all demo test wheel clean distclean
+.PHONY: all demo test wheel dev clean distclean
 all: $(VENV)/.installed
 
 demo: $(VENV)/.installed $(VENV)/.demo
@@ -32,6 +34,12 @@ test: $(VENV)/.installed $(VENV)/.test
 
 wheel: $(VENV)/.build
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# No dependency on $(VENV): BIN may name another environment.
+dev:
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python" $(if $(DEV_ISAS),"-DFASTPE_ISAS=$(DEV_ISAS)")
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/dev
+	PATH="$(abspath $(BIN)):$$PATH" cmake --install build/dev --prefix python
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastpe needs Python 3.10 or later: make PYTHON=/path/to/python3 ..." >&2; exit 1; }

@@ -732,6 +732,8 @@ void backward(const AttnBwdParams& a, const Runtime& rt, TileStats* stats) {
   Backward<E>(a, rt, stats).run();
 }
 
+}  // namespace
+
 void attn_bwd(const AttnBwdParams& a, const Runtime& rt, TileStats* stats) {
   if (a.fwd.dtype == DType::f64) return backward<OpF64>(a, rt, stats);
 #if defined(__AVX512BF16__)
@@ -740,5 +742,4 @@ void attn_bwd(const AttnBwdParams& a, const Runtime& rt, TileStats* stats) {
   backward<OpF32>(a, rt, stats);
 }
 
-}  // namespace
 }  // namespace fastpe::cpu::FASTPE_ISA

@@ -554,6 +554,8 @@ void cope_backward(const CopeBwdParams& a, const Runtime& rt, TileStats* stats) 
   CopeBackward<E>(a, rt, stats).run();
 }
 
+}  // namespace
+
 void cope_bwd(const CopeBwdParams& a, const Runtime& rt, TileStats* stats) {
   if (a.fwd.attn.dtype == DType::f64) return cope_backward<OpF64>(a, rt, stats);
 #if defined(__AVX512BF16__)
@@ -562,5 +564,4 @@ void cope_bwd(const CopeBwdParams& a, const Runtime& rt, TileStats* stats) {
   cope_backward<OpF32>(a, rt, stats);
 }
 
-}  // namespace
 }  // namespace fastpe::cpu::FASTPE_ISA

@@ -1,6 +1,7 @@
 // Forward attention with contextual positions. Tiles go from the diagonal to the first key, so that the count of a row
 // is known when a tile needs it. Once every row of a block has counted past the table's end, gates have no say any more:
 // the rest of the row gets the last entry, one number per lane.
+#include "attn_fwd.h"
 #include "cope_common.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
@@ -269,6 +270,8 @@ void cope_forward(const CopeParams& c, const Runtime& rt, TileStats* stats) {
   CopeForward<E>(c, rt, stats).run();
 }
 
+}  // namespace
+
 void cope_fwd(const CopeParams& c, const Runtime& rt, TileStats* stats) {
   if (c.attn.dtype == DType::f64) return cope_forward<OpF64>(c, rt, stats);
 #if defined(__AVX512BF16__)
@@ -277,5 +280,4 @@ void cope_fwd(const CopeParams& c, const Runtime& rt, TileStats* stats) {
   cope_forward<OpF32>(c, rt, stats);
 }
 
-}  // namespace
 }  // namespace fastpe::cpu::FASTPE_ISA

@@ -1,14 +1,6 @@
-// Everything one instruction set provides. Compiled once per ISA with FASTPE_ISA set to its name and the flags that go
-// with it; exports one symbol, the table below.
+// The table of one instruction set. Every source of FASTPE_KERNELS (CMakeLists.txt) is compiled once per set, with FASTPE_ISA
+// set to its name and the flags that go with it.
 #include "kernels.h"
-
-#include "attn_bwd.cpp"
-#include "attn_fwd.cpp"
-#include "cope_bwd.cpp"
-#include "cope_fwd.cpp"
-#include "peak.cpp"
-#include "prefix.cpp"
-#include "rotate.cpp"
 
 #define FASTPE_CAT_(a, b) a##b
 #define FASTPE_CAT(a, b) FASTPE_CAT_(a, b)

@@ -1,4 +1,4 @@
-// The functions one instruction set provides. One object per ISA exports one such table and nothing else.
+// The functions one instruction set provides.
 #pragma once
 
 #include "../core/params.h"
@@ -16,6 +16,20 @@ struct KernelTable {
   void (*prefix_sum)(const PrefixParams&, const Runtime&);
   double (*peak_gflops)(DType);  // one core's multiply-add rate in the arithmetic this type is computed in
 };
+
+#if defined(FASTPE_ISA)
+// The same functions of the instruction set being compiled, one source file each (peak.cpp: peak_gflops).
+namespace FASTPE_ISA {
+void attn_fwd(const AttnParams&, const Runtime&, TileStats*);
+void attn_bwd(const AttnBwdParams&, const Runtime&, TileStats*);
+void cope_fwd(const CopeParams&, const Runtime&, TileStats*);
+void cope_bwd(const CopeBwdParams&, const Runtime&, TileStats*);
+void rotate(const RotateParams*, int count, const Runtime&);
+void rope_table(const RopeTableParams&, const Runtime&);
+void prefix_sum(const PrefixParams&, const Runtime&);
+double peak_gflops(DType);
+}  // namespace FASTPE_ISA
+#endif
 
 // The table in use: the best of this processor, or the one named by FASTPE_ISA or set_isa.
 __attribute__((visibility("default"))) const KernelTable& kernels();

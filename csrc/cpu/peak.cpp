@@ -2,6 +2,7 @@
 #include <ctime>
 
 #include "gemm.h"
+#include "kernels.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
 namespace {
@@ -39,6 +40,8 @@ __attribute__((noinline)) double mac_rate() {
   return best;
 }
 
+}  // namespace
+
 double peak_gflops(DType type) {
   if (type == DType::f64) return mac_rate<OpF64>();
 #if defined(__AVX512BF16__)
@@ -47,5 +50,4 @@ double peak_gflops(DType type) {
   return mac_rate<OpF32>();
 }
 
-}  // namespace
 }  // namespace fastpe::cpu::FASTPE_ISA

@@ -46,9 +46,10 @@ void prefix_task(void* ctx, int64_t row, int) {
     plain_row(x, y, p.N, p.reverse);
 }
 
+}  // namespace
+
 void prefix_sum(const PrefixParams& p, const Runtime& rt) {
   rt.parallel(p.rows, p.f64 ? prefix_task<double> : prefix_task<float>, const_cast<PrefixParams*>(&p));
 }
 
-}  // namespace
 }  // namespace fastpe::cpu::FASTPE_ISA

@@ -107,6 +107,8 @@ void table_task(void* ctx, int64_t task, int) {
   }
 }
 
+}  // namespace
+
 void rope_table(const RopeTableParams& p, const Runtime& rt) {
   const int64_t freqs = p.A * p.H * p.J;
   float* w = static_cast<float*>(rt.alloc(size_t(2 * freqs) * sizeof(float)));
@@ -119,6 +121,8 @@ void rope_table(const RopeTableParams& p, const Runtime& rt) {
   rt.parallel(p.B * p.H * job.blocks, table_task, &job);
   rt.release(w);
 }
+
+namespace {
 
 // ---- rotation ---------------------------------------------------------------------------------------------------
 // Element types: how a vector and a scalar of the computing type S come from memory and go back.
@@ -358,6 +362,8 @@ void rotate_task(void* ctx, int64_t task, int) {
   }
 }
 
+}  // namespace
+
 void rotate(const RotateParams* p, int count, const Runtime& rt) {
   for (; count > 0; p += kMaxTensors, count -= kMaxTensors) {
     RotateJob job{p, count < kMaxTensors ? count : kMaxTensors, {}, {}};
@@ -369,5 +375,4 @@ void rotate(const RotateParams* p, int count, const Runtime& rt) {
   }
 }
 
-}  // namespace
 }  // namespace fastpe::cpu::FASTPE_ISA

@@ -1,0 +1,394 @@
+// Forward attention.
+//
+// Work: keys and values of a wave of (batch, kv head) pairs are packed once (K rotated); then one task per
+// (head, block of kBM queries) walks the key tiles it can see. A task owns its rows, so the result does not depend on
+// how tasks are spread over threads.
+// A task, per tile of kBN keys:
+//   S[key][query]  = K Qt                       product, Qt (D x kBM) stays in L1
+//   running maximum, P = exp2(S - m), row sums  vertical, on the tile while it is in L1
+//   O^T[dv][query] += V^T P                     product into a (Dv x kBM) accumulator
+// The reference m of a row need not be its maximum: any number that keeps P and its sums finite gives the same result
+// to the last bits, since only the exponent of P moves. So m is raised only when a tile exceeds it by 2^kLazy, and for
+// a tile whose largest possible score |q| |k| scale + bias is within 2^kRoom of m the maximum is not formed at all.
+#pragma once
+
+#include "attn_terms.h"
+
+namespace fastpe::cpu::FASTPE_ISA {
+namespace {
+
+constexpr double kLazy = 8;
+constexpr double kRoom = 50;
+
+// Tile of scores: rows of kBM lanes.
+template <class E>
+struct FwdScratch {
+  using S = typename E::S;
+  using U = typename E::U;
+  S *rows, *s, *o, *terms;
+  U *tmp, *qt, *pt;
+  TileBias<S>* bias;
+  BlockBias<S>* block;
+  BlockScale<S>* scale;
+  S *m, *l, *slack, *ids;
+
+  void carve(Carver& c, const AttnParams& p) {
+    const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
+    rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 16);
+    tmp = E::kPack == 1 ? nullptr : c.take<U>((kBM > kBN<E> ? kBM : kBN<E>) * tiles::round_up(dmax, 16));
+    s = c.take<S>(kBN<E> * kBM);
+    o = c.take<S>(p.Dv * kBM);
+    terms = pos::is_composed(p) ? c.take<S>(Terms<E>::kScratch) : nullptr;
+    qt = c.take<U>(p.D / E::kPack * kBM);
+    pt = E::kPack == 1 ? nullptr : c.take<U>(kBN<E> / E::kPack * kBM);
+    bias = c.take<TileBias<S>>(1);
+    block = c.take<BlockBias<S>>(1);
+    scale = c.take<BlockScale<S>>(1);
+    m = c.take<S>(kBM);
+    l = c.take<S>(kBM);
+    slack = c.take<S>(kBM);
+    ids = c.take<S>(kBM);
+  }
+};
+
+// Scores of keys [js, je) for G vectors of queries from lane l0 on: leaves x (log2 units) in s and the largest x per
+// lane in mx.
+template <class E, Kind K, class Phi, bool Masked, int G>
+FASTPE_INLINE void score_pass(const TileBias<typename E::S>& t, const TileMask<typename E::S>& mask, const typename E::S* c, typename E::S* s, int64_t js, int64_t je, int64_t l0, typename E::S* mx) {
+  using V = Vec<typename E::S>;
+  using S = typename E::S;
+  constexpr int L = V::kLanes;
+  V cv[G], rv[G], gv[G], best[G];
+  for (int g = 0; g < G; ++g) {
+    cv[g] = V::load(c + l0 + g * L);
+    if constexpr (K == Kind::rank1 || K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
+    best[g] = V(-kInf<S>);
+  }
+  for (int64_t j = js; j < je; ++j) {
+    S* row = s + j * kBM + l0;
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      V x = score_at<K, Phi>(t, j, l0 + g * L, V::load(row + g * L), cv[g], rv[g], gv[g], V(S(0)));
+      if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
+      x.store(row + g * L);
+      best[g] = max(best[g], x);
+    }
+  }
+  for (int g = 0; g < G; ++g) best[g].store(mx + l0 + g * L);
+}
+
+// P = exp2(x - m), row sums added to l. Stored: s holds x already, else raw scores. Writes P over s (float) or as bf16
+// pairs of keys to pt.
+template <class E, Kind K, class Phi, bool Stored, int G>
+FASTPE_INLINE void prob_pass(const TileBias<typename E::S>& t, const typename E::S* c, typename E::S* s, typename E::U* pt, int64_t js, int64_t je, int64_t l0, const typename E::S* m, typename E::S* l) {
+  using V = Vec<typename E::S>;
+  using S = typename E::S;
+  constexpr int L = V::kLanes;
+  V cv[G], rv[G], gv[G], offset[G], sum[G];
+  for (int g = 0; g < G; ++g) {
+    offset[g] = V(S(0)) - V::load(m + l0 + g * L);
+    if constexpr (!Stored) {
+      cv[g] = V::load(c + l0 + g * L);
+      if constexpr (K == Kind::rank1 || K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
+    }
+    sum[g] = V(S(0));
+  }
+  const auto prob = [&](int64_t j, int g) {
+    const V x = V::load(s + j * kBM + l0 + g * L);
+    if constexpr (Stored) return exp2(x + offset[g]);
+    else return exp2(score_at<K, Phi>(t, j, l0 + g * L, x, cv[g], rv[g], gv[g], offset[g]));
+  };
+  if constexpr (E::kPack == 1) {
+    for (int64_t j = js; j < je; ++j)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const V pv = prob(j, g);
+        sum[g] = sum[g] + pv;
+        pv.store(s + j * kBM + l0 + g * L);
+      }
+  } else {
+#if defined(__AVX512BF16__)
+    for (int64_t j = js; j < je; j += 2)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const V a = prob(j, g);
+        const V b = j + 1 < je ? prob(j + 1, g) : V(0.f);
+        sum[g] = sum[g] + (a + b);
+        _mm512_storeu_si512(pt + j / 2 * kBM + l0 + g * L, interleave_bf16(a, b));
+      }
+#endif
+  }
+  for (int g = 0; g < G; ++g) (V::load(l + l0 + g * L) + sum[g]).store(l + l0 + g * L);
+}
+
+// Calls f(tag for G, first lane) over the block's vectors.
+template <int G> struct Count { static constexpr int value = G; };
+template <class S, class Fn>
+FASTPE_INLINE void for_lanes(int64_t lanes, Fn&& f) {
+  constexpr int L = Vec<S>::kLanes;
+  int64_t l = 0;
+  for (; l + kNV * L <= lanes; l += kNV * L) f(Count<kNV>{}, l);
+  for (; l < lanes; l += L) f(Count<1>{}, l);
+}
+
+template <class E>
+struct Forward {
+  using S = typename E::S;
+  using U = typename E::U;
+  using V = Vec<S>;
+  static constexpr int L = V::kLanes;
+
+  const AttnParams& p;
+  Call<E> call;
+  const Runtime& rt;
+  TileStats* stats;
+  int64_t head0 = 0, heads = 0;  // wave: flattened (batch, kv head)
+  KVPack<E>* packs = nullptr;
+  char* worker_base = nullptr;
+  size_t worker_bytes = 0;
+
+  Forward(const AttnParams& params, const Runtime& runtime, TileStats* st) : p(params), call(params), rt(runtime), stats(st) {}
+
+  FwdScratch<E> scratch(int worker) const {
+    FwdScratch<E> w;
+    Carver c{worker_base + size_t(worker) * worker_bytes};
+    w.carve(c, p);
+    return w;
+  }
+
+  void run() {
+    FwdScratch<E> probe;
+    Carver pc{nullptr};
+    probe.carve(pc, p);
+    worker_bytes = (pc.used + 127) / 64 * 64;
+    KVPack<E> one;
+    Carver oc{nullptr};
+    one.carve(oc, p, call.nk_tiles, false, false, true);
+    const int64_t total = p.B * p.Hk;
+    const int64_t wave = wave_heads(int64_t(oc.used), total, rt.threads, int64_t(8) << 20);
+    char* mem = nullptr;
+    const auto layout = [&](Carver& c) {
+      call.carve(c);
+      packs = c.take<KVPack<E>>(wave);
+      worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
+      for (int64_t i = 0; i < wave; ++i) {
+        KVPack<E> k;
+        k.carve(c, p, call.nk_tiles, false, false, true);
+        if (c.base) packs[i] = k;
+        c.used = (c.used + 63) / 64 * 64;
+      }
+    };
+    Carver measure{nullptr};
+    layout(measure);
+    mem = static_cast<char*>(rt.alloc(measure.used + 64));
+    Carver real{mem};
+    layout(real);
+    call.prepare();
+    for (head0 = 0; head0 < total; head0 += wave) {
+      heads = total - head0 < wave ? total - head0 : wave;
+      rt.parallel(heads * call.nk_tiles, [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->pack_task(task, worker); }, this);
+      rt.parallel(heads * (p.H / p.Hk) * call.nq_blocks, [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->block_task(task, worker); }, this);
+    }
+    rt.release(mem);
+  }
+
+  void pack_task(int64_t task, int worker) {
+    const int64_t w = task / call.nk_tiles, t = task % call.nk_tiles;
+    const int64_t bk = head0 + w;
+    const FwdScratch<E> sc = scratch(worker);
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, sc.rows, sc.tmp);
+  }
+
+  void block_task(int64_t task, int worker) {
+    // Later blocks see more keys under a causal mask: they go first, so that the last tasks to finish are short.
+    const int64_t group = p.H / p.Hk, per_head = group * call.nq_blocks;
+    const int64_t w = task / per_head, rest = task % per_head;
+    const int64_t qb = call.nq_blocks - 1 - rest / group;
+    const int64_t bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk, h = hk * group + rest % group;
+    block(packs[w], b, h, qb, scratch(worker));
+  }
+
+  void block(const KVPack<E>& kv, int64_t b, int64_t h, int64_t qb, FwdScratch<E> w) {
+    const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = i0 + call.offset;
+    const int64_t lanes = tiles::round_up(rows, L);
+    const int64_t units = kBN<E> / E::kPack;
+    const double skip = skip_log2(p);
+
+    const S* rho = at<S>(p.row_scale, b, h);
+    for (int64_t r = 0; r < rows; ++r) {
+      S* row = w.rows + r * p.D;
+      load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
+      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+      const S f = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1));
+      w.scale->c[r] = f * S(kLog2e);
+      w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001);
+    }
+    for (int64_t r = rows; r < lanes; ++r) w.scale->c[r] = 0, w.scale->qn[r] = 0;
+    pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
+
+    HeadBias<S> hb;
+    hb.init(p, b, h, call.table_of(h), call.env_of(h));
+    w.block->init(hb, i0, rows, I0);
+    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms};
+    if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
+    for (int64_t l = 0; l < lanes; ++l) {
+      w.m[l] = -kInf<S>;
+      w.l[l] = 0;  // lanes past the last row see the same keys with q = 0
+      w.slack[l] = l < rows ? S(skip) : kInf<S>;
+    }
+    bool empty = true;
+    int64_t visited = 0, hidden = 0, decayed = 0;
+
+    walk_tiles(call, qb, [&](int64_t t) {
+      int64_t js, je;
+      TileMask<S> mask;
+      if (call.classify(b, h, qb, t, js, je, mask) == TileClass::hidden) { ++hidden; return; }
+      const int64_t j0 = t * kBN<E>;
+      TileBias<S>& tb = *w.bias;
+      tb.init(hb, *w.block, p, I0, lanes, j0, js, je);
+      mask.q_ids = w.ids;
+      bool exact = true;
+      if (!empty && !w.terms) {
+        const Bound bound = judge(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes);
+        if (skip > -1e300 && bound.forgettable) { ++decayed; return; }
+        exact = !bound.harmless;
+      }
+      ++visited;
+      tile(kv, t, j0, js, je, tb, mask, terms, w, lanes, units, empty, exact);
+      empty = false;
+    });
+    finish(b, h, i0, rows, lanes, empty, w);
+    if (stats) {
+      // The walk starts inside the visible range; what lies outside was never touched either.
+      hidden += call.nk_tiles - visited - hidden - decayed;
+      __atomic_fetch_add(&stats->visited, visited, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&stats->hidden, hidden, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&stats->decayed, decayed, __ATOMIC_RELAXED);
+      stats->block_q = kBM;
+      stats->block_k = kBN<E>;
+    }
+  }
+
+  // What the largest possible scores of a tile, |q| |k|max scale + (largest bias), allow.
+  struct Bound {
+    bool forgettable;  // no row loses more than skip_eps by leaving the tile out: for every row the bound is at most
+                       // lse so far + log2(eps / Nk), lse only grows, and a row has at most Nk skipped keys
+    bool harmless;     // P = exp2(x - m) cannot pass 2^kRoom with the m the rows have
+  };
+  static Bound judge(const TileBias<S>& tb, const HeadBias<S>& hb, S k_norm, const FwdScratch<E>& w, int64_t I0, int64_t j_first, int64_t j_last, int64_t lanes) {
+    bool skip = true, calm = true;
+    for (int64_t l = 0; l < lanes; l += L) {
+      const V m = V::load(w.m + l);
+      const V bound = fma(V::load(w.scale->qn + l), V(k_norm), tb.upper(hb, l, I0, j_first, j_last));
+      // A row's sum holds at least one P of 1 as soon as it has seen a key, so its lse is at least m.
+      const Mask<S> a = m + V::load(w.slack + l) >= bound, b = m + V(S(kRoom)) >= bound;
+      for (int x = 0; x < L; ++x) {  // NaN is on neither side
+        skip &= a.m[x] != 0;
+        calm &= b.m[x] != 0;
+      }
+    }
+    return {skip, calm};
+  }
+
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, int64_t units, bool first, bool exact) {
+    const int64_t ku = p.D / E::kPack;
+    constexpr int64_t half = kBM / 2;
+    const int64_t jm = lanes > half ? mask.split : je;
+    gemm<E, false>(kv.k_rows + (j0 + js) * ku, ku, w.qt, kBM, w.s + js * kBM, kBM, jm - js, lanes, ku);
+    if (jm < je) gemm<E, false>(kv.k_rows + (j0 + jm) * ku, ku, w.qt + half, kBM, w.s + jm * kBM + half, kBM, je - jm, lanes - half, ku);
+    const S* c = w.scale->c;
+    alignas(64) S ones[kBM];
+    if (w.terms) {
+      constexpr int64_t step = Terms<E>::kKeys;
+      for (int64_t j = js; j < je; j += step) terms.compose(tb, c, w.s, kBM, nullptr, j0, j, j + step < je ? j + step : je);
+      for (int64_t l = 0; l < lanes; ++l) ones[l] = 1;
+      c = ones;
+    }
+    alignas(64) S mx[kBM], alpha[kBM];
+    const bool masked = mask.partial();
+    with_kind(p.softcap_bias ? Kind::none : tb.kind, tb.form, [&](auto kind, auto phi) {
+      constexpr Kind K = decltype(kind)::value;
+      using Phi = decltype(phi);
+      if (!exact && !masked) {
+        for_lanes<S>(lanes, [&](auto g, int64_t l) { prob_pass<E, K, Phi, false, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, w.m, w.l); });
+        return;
+      }
+      for_lanes<S>(lanes, [&](auto g, int64_t l) {
+        if (masked) score_pass<E, K, Phi, true, decltype(g)::value>(tb, mask, c, w.s, js, je, l, mx);
+        else score_pass<E, K, Phi, false, decltype(g)::value>(tb, mask, c, w.s, js, je, l, mx);
+      });
+      bool rescale = false;
+      for (int64_t l = 0; l < lanes; l += L) {
+        const V old = V::load(w.m + l), best = V::load(mx + l);
+        const Mask<S> up = best > old + V(S(kLazy));
+        // NaN scores must reach the sum: exp2(NaN - m) does that without touching m.
+        const V now = select(up, best, old);
+        const V a = select(up, exp2(old - now), V(S(1)));
+        rescale |= any(up);
+        now.store(w.m + l);
+        a.store(alpha + l);
+        (V::load(w.l + l) * a).store(w.l + l);
+      }
+      if (rescale && !first)
+        for (int64_t d = 0; d < p.Dv; ++d)
+          for (int64_t l = 0; l < lanes; l += L) (V::load(w.o + d * kBM + l) * V::load(alpha + l)).store(w.o + d * kBM + l);
+      // A row that has seen nothing yet has m = -inf; its masked scores must give exp2(-inf), not NaN.
+      alignas(64) S m_safe[kBM];
+      for (int64_t l = 0; l < lanes; ++l) m_safe[l] = w.m[l] == -kInf<S> ? S(0) : w.m[l];
+      for_lanes<S>(lanes, [&](auto g, int64_t l) {
+        prob_pass<E, K, Phi, true, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, m_safe, w.l);
+      });
+    });
+    const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(w.s) : w.pt;
+    const U* va = kv.v_cols + t * p.Dv * units;
+    const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
+    if (first) gemm<E, false>(va + u0, units, pb + u0 * kBM, kBM, w.o, kBM, p.Dv, lanes, u_end - u0);
+    else gemm<E, true>(va + u0, units, pb + u0 * kBM, kBM, w.o, kBM, p.Dv, lanes, u_end - u0);
+    if (jm < je) gemm<E, true>(va + um, units, pb + um * kBM + half, kBM, w.o + half, kBM, p.Dv, lanes - half, u1 - um);
+  }
+
+  void finish(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, bool empty, FwdScratch<E>& w) {
+    const S* sink = at<S>(p.sink, 0, h);
+    S* lse = static_cast<S*>(p.lse) + (b * p.H + h) * p.Nq + i0;
+    alignas(64) S inv[kBM];
+    for (int64_t r = 0; r < lanes; ++r) {
+      double m = double(w.m[r]), l = double(w.l[r]);
+      if (empty) m = -__builtin_inf(), l = 0;
+      if (sink) {
+        const double x = double(*sink) * kLog2e;
+        const double top = m > x ? m : x;
+        if (top > -__builtin_inf()) {
+          l = l * (m > -__builtin_inf() ? __builtin_exp2(m - top) : 0);
+          const double o_scale = m > -__builtin_inf() ? __builtin_exp2(m - top) : 0;
+          l += __builtin_exp2(x - top);
+          inv[r] = S(o_scale / l);
+          if (r < rows) lse[r] = S((top + __builtin_log2(l)) * kLn2);
+          continue;
+        }
+      }
+      // l = 0 only where no key was visible; NaN keeps its way.
+      inv[r] = l == 0 ? S(0) : S(1 / l);
+      if (r < rows) lse[r] = l == 0 ? -kInf<S> : S((m + __builtin_log2(l)) * kLn2);
+    }
+    for (int64_t d = 0; d < p.Dv; ++d)
+      for (int64_t l = 0; l < lanes; l += L) {
+        // Not a product in empty blocks: the accumulator was never written.
+        const V x = empty ? V(S(0)) : V::load(w.o + d * kBM + l) * V::load(inv + l);
+        x.store(w.o + d * kBM + l);
+      }
+    transpose(w.rows, p.Dv, w.o, kBM, p.Dv, rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      S* row = w.rows + r * p.Dv;
+      store_row(row, p.o, p.dtype, b, h, i0 + r, p.Dv);
+      if (p.residual.p) {
+        S* rounded = w.o;
+        load_row(rounded, p.o, p.dtype, b, h, i0 + r, p.Dv);
+        for (int64_t d = 0; d < p.Dv; ++d) row[d] -= rounded[d];
+        store_row(row, p.residual, p.dtype, b, h, i0 + r, p.Dv);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastpe::cpu::FASTPE_ISA
