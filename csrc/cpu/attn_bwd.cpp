@@ -90,19 +90,18 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
   constexpr int L = V::kLanes;
   const auto group = [&](auto count, int64_t l0) {
     constexpr int G = decltype(count)::value;
-    V cv[G], rv[G], gv[G], offset[G], dv[G];
+    ScoreAt<K, Phi, S> at[G];
+    V dv[G];
     for (int g = 0; g < G; ++g) {
-      cv[g] = V::load(c + l0 + g * L);
-      offset[g] = V(S(0)) - V::load(lse + l0 + g * L);
+      at[g] = {t, l0 + g * L, V::load(c + l0 + g * L), V(S(0)) - V::load(lse + l0 + g * L)};
       dv[g] = V::load(delta + l0 + g * L);
-      if constexpr (K == Kind::rank1 || K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
     }
     for (int64_t j = js; j < je; ++j) {
       S* sr = s + j * kPitch<S> + l0;
       S* dr = ds + j * kPitch<S> + l0;
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        V x = score_at<K, Phi>(t, j, l0 + g * L, V::load(sr + g * L), cv[g], rv[g], gv[g], offset[g]);
+        V x = at[g](t, j, l0 + g * L, V::load(sr + g * L));
         if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
         const V pv = exp2(x);
         pv.store(sr + g * L);

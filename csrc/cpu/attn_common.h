@@ -77,7 +77,8 @@ inline bool is_mapped(const Bias& b) { return b.table && (b.u || b.w); }
 
 // ---- bias of one head and of one tile -----------------------------------------------------------------------------
 
-enum class Kind { none, rank1, table, form };
+// rank1: b = g * (u - y), in one multiply-add; steep: the same, with u - y formed first.
+enum class Kind { none, rank1, steep, table, form };
 
 template <class S>
 struct HeadBias {
@@ -189,32 +190,39 @@ struct TileBias {
       ymin = S(js);
       ymax = S(je - 1);
     }
-    S umin = kInf<S>, umax = -kInf<S>;
     for (int64_t l = 0; l < lanes; ++l) r[l] = S(bb.ubase[l] - wbase) + (bb.uloc[l] - w0);
     if (hb.mapped) return;
-    S a;  // rank1: b = a * gm * (u - y)
-    if (form == BiasForm::signed_) {
-      kind = Kind::rank1;
-      a = S(kLog2e);
-    } else {
-      kind = Kind::form;
-      a = 0;
-      if (form == BiasForm::linear) {
-        // One side of the diagonal only: linear in D. Under a causal mask on plain indices D < 0 is invisible.
+    S a = S(kLog2e);  // rank1: b = a * gm * (u - y)
+    kind = form == BiasForm::signed_ ? Kind::rank1 : Kind::form;
+    if (form == BiasForm::linear) {
+      // One side of the diagonal only: linear in D. Under a causal mask on plain indices D < 0 is invisible.
+      if (p.vis.right == 1 && !hb.u && !hb.w) {
+        kind = Kind::rank1, a *= -p0;
+      } else {
+        S umin = kInf<S>, umax = -kInf<S>;
         for (int64_t l = 0; l < lanes; ++l) { umin = r[l] < umin ? r[l] : umin; umax = r[l] > umax ? r[l] : umax; }
-        const bool index_causal = p.vis.right == 1 && !hb.u && !hb.w;
-        if (index_causal || umin >= ymax) { kind = Kind::rank1; a = -p0 * S(kLog2e); }
-        else if (umax <= ymin) { kind = Kind::rank1; a = p1 * S(kLog2e); }
+        if (umin >= ymax) kind = Kind::rank1, a *= -p0;
+        else if (umax <= ymin) kind = Kind::rank1, a *= p1;
       }
     }
-    if (kind == Kind::form) a = S(kLog2e);
-    for (int64_t l = 0; l < lanes; ++l) g[l] = a * bb.gm[l];
+    using V = Vec<S>;
+    V gmax(S(0));
+    for (int64_t l = 0; l < lanes; l += V::kLanes) {
+      const V gv = V(a) * V::load(bb.gm + l);
+      gv.store(g + l);
+      gmax = max(abs(gv), gmax);
+    }
+    if (kind != Kind::rank1) return;
+    // One multiply-add loses |g y| 2^-24 where u - y is small: 4e-6 of a score within this reach.
+    const S reach = ymax > -ymin ? ymax : -ymin;  // of |y|
+    kind = Kind::steep;
+    if (reach * reduce_max(gmax) <= S(64)) kind = Kind::rank1;
   }
 
   // An upper bound of the bias over the tile's keys, for one vector of queries.
   FASTPE_INLINE Vec<S> upper(const HeadBias<S>& hb, int64_t l, int64_t I0, int64_t j_first, int64_t j_last) const {
     using V = Vec<S>;
-    if (kind == Kind::rank1) {
+    if (kind == Kind::rank1 || kind == Kind::steep) {
       const V gv = V::load(g + l), u = V::load(r + l);
       return max(gv * (u - V(ymin)), gv * (u - V(ymax)));
     }
@@ -236,16 +244,26 @@ struct TileBias {
   }
 };
 
-// score * c + bias + offset (log2 units) of key j of the tile for the vector of queries starting at lane l. The
-// difference of positions is formed before any product: on the diagonal it is 0 whatever the prefix's size.
+// score * c + bias + offset (log2 units) of one vector of queries, from lane l on, and any key of the tile. What does not
+// depend on the key is formed once.
 template <Kind K, class Phi, class S>
-FASTPE_INLINE Vec<S> score_at(const TileBias<S>& t, int64_t j, int64_t l, Vec<S> score, Vec<S> c, Vec<S> r, Vec<S> g, Vec<S> offset) {
+struct ScoreAt {
   using V = Vec<S>;
-  if constexpr (K == Kind::none) return fma(score, c, offset);
-  if constexpr (K == Kind::rank1) return fma(g, r - V(t.y[j]), fma(score, c, offset));
-  if constexpr (K == Kind::table) return fma(score, c, V::load(t.table + l - j) + offset);
-  if constexpr (K == Kind::form) return fma(score, c, fma(g, Phi::value(r - V(t.y[j]), V(t.p0), V(t.p1)), offset));
-}
+  V c, offset, r, g;
+
+  FASTPE_INLINE ScoreAt() {}
+  FASTPE_INLINE ScoreAt(const TileBias<S>& t, int64_t l, V c_, V offset_) : c(c_), offset(offset_) {
+    if constexpr (K == Kind::rank1 || K == Kind::steep || K == Kind::form) { r = V::load(t.r + l); g = V::load(t.g + l); }
+    if constexpr (K == Kind::rank1) { r = fma(g, r, offset); g = V(S(0)) - g; }
+  }
+  FASTPE_INLINE V operator()(const TileBias<S>& t, int64_t j, int64_t l, V score) const {
+    if constexpr (K == Kind::none) return fma(score, c, offset);
+    if constexpr (K == Kind::rank1) return fma(score, c, fma(g, V(t.y[j]), r));
+    if constexpr (K == Kind::steep) return fma(g, r - V(t.y[j]), fma(score, c, offset));
+    if constexpr (K == Kind::table) return fma(score, c, V::load(t.table + l - j) + offset);
+    if constexpr (K == Kind::form) return fma(score, c, fma(g, Phi::value(r - V(t.y[j]), V(t.p0), V(t.p1)), offset));
+  }
+};
 
 // Calls f(tag of the kind, Phi) for the tile's kind.
 template <Kind K> struct KindTag { static constexpr Kind value = K; };
@@ -254,6 +272,7 @@ FASTPE_INLINE void with_kind(Kind kind, BiasForm form, Fn&& f) {
   switch (kind) {
     case Kind::none: f(KindTag<Kind::none>{}, pos::Phi<BiasForm::signed_>{}); break;
     case Kind::rank1: f(KindTag<Kind::rank1>{}, pos::Phi<BiasForm::signed_>{}); break;
+    case Kind::steep: f(KindTag<Kind::steep>{}, pos::Phi<BiasForm::signed_>{}); break;
     case Kind::table: f(KindTag<Kind::table>{}, pos::Phi<BiasForm::signed_>{}); break;
     case Kind::form: pos::with_form(form, [&](auto phi) { f(KindTag<Kind::form>{}, phi); }); break;
   }

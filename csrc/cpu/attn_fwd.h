@@ -58,17 +58,17 @@ FASTPE_INLINE void score_pass(const TileBias<typename E::S>& t, const TileMask<t
   using V = Vec<typename E::S>;
   using S = typename E::S;
   constexpr int L = V::kLanes;
-  V cv[G], rv[G], gv[G], best[G];
+  ScoreAt<K, Phi, S> at[G];
+  V best[G];
   for (int g = 0; g < G; ++g) {
-    cv[g] = V::load(c + l0 + g * L);
-    if constexpr (K == Kind::rank1 || K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
+    at[g] = {t, l0 + g * L, V::load(c + l0 + g * L), V(S(0))};
     best[g] = V(-kInf<S>);
   }
   for (int64_t j = js; j < je; ++j) {
     S* row = s + j * kBM + l0;
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      V x = score_at<K, Phi>(t, j, l0 + g * L, V::load(row + g * L), cv[g], rv[g], gv[g], V(S(0)));
+      V x = at[g](t, j, l0 + g * L, V::load(row + g * L));
       if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
       x.store(row + g * L);
       best[g] = max(best[g], x);
@@ -84,19 +84,17 @@ FASTPE_INLINE void prob_pass(const TileBias<typename E::S>& t, const typename E:
   using V = Vec<typename E::S>;
   using S = typename E::S;
   constexpr int L = V::kLanes;
-  V cv[G], rv[G], gv[G], offset[G], sum[G];
+  ScoreAt<K, Phi, S> at[G];
+  V offset[G], sum[G];
   for (int g = 0; g < G; ++g) {
     offset[g] = V(S(0)) - V::load(m + l0 + g * L);
-    if constexpr (!Stored) {
-      cv[g] = V::load(c + l0 + g * L);
-      if constexpr (K == Kind::rank1 || K == Kind::form) { rv[g] = V::load(t.r + l0 + g * L); gv[g] = V::load(t.g + l0 + g * L); }
-    }
+    if constexpr (!Stored) at[g] = {t, l0 + g * L, V::load(c + l0 + g * L), offset[g]};
     sum[g] = V(S(0));
   }
   const auto prob = [&](int64_t j, int g) {
     const V x = V::load(s + j * kBM + l0 + g * L);
     if constexpr (Stored) return exp2(x + offset[g]);
-    else return exp2(score_at<K, Phi>(t, j, l0 + g * L, x, cv[g], rv[g], gv[g], offset[g]));
+    else return exp2(at[g](t, j, l0 + g * L, x));
   };
   if constexpr (E::kPack == 1) {
     for (int64_t j = js; j < je; ++j)

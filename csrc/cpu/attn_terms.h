@@ -78,9 +78,10 @@ struct Terms {
     if (p().softcap > 0 && p().softcap_bias) {
       with_kind(tb, [&](auto kind, auto phi) {
         constexpr Kind K = decltype(kind)::value;
-        for (int64_t j = c0; j < c1; ++j)
-          for (int64_t l = 0; l < lanes; l += L)
-            score_at<K, decltype(phi)>(tb, j, l, V::load(s + j * P + l), V(S(1)), V::load(tb.r + l), V::load(tb.g + l), V(S(0))).store(s + j * P + l);
+        for (int64_t l = 0; l < lanes; l += L) {
+          const ScoreAt<K, decltype(phi), S> at(tb, l, V(S(1)), V(S(0)));
+          for (int64_t j = c0; j < c1; ++j) at(tb, j, l, V::load(s + j * P + l)).store(s + j * P + l);
+        }
       });
       soften(s, P, cap, c0, c1);
     }

@@ -130,6 +130,11 @@ FASTPE_INLINE VF abs(VF a) {
 }
 FASTPE_INLINE VD abs(VD a) { return VD(VD::Raw(VD::RawInt(a.v) & 0x7fffffffffffffffll)); }
 
+template <class S> FASTPE_INLINE S reduce_max(Vec<S> a) {
+  S m = a.v[0];
+  for (int l = 1; l < Vec<S>::kLanes; ++l) m = m > a.v[l] ? m : a.v[l];
+  return m;
+}
 template <class S> FASTPE_INLINE S reduce_add(Vec<S> a) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(S) == 4) return _mm512_reduce_add_ps(__m512(a.v));
