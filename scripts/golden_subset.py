@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, ...] | None] = {
     "bias_qrel": ("relative_key_query", "deberta_v2"),
     "bias_relproj": None,
     "chunk_swa": ("packed",),
+    "chunk_lse_merge": ("two",),
 }  # fmt: skip
 # Of the methods that have one head's worth of parameters to each head, some heads are enough.
 HEADS = {"bias_bipe_alibi": 2, "bias_kerple": 2, "bias_sandwich": 2}

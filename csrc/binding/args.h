@@ -101,7 +101,7 @@ inline void check_shape(const Call& c, const char* name, const Tensor& t, std::i
 }
 inline void check_last_contiguous(const Call& c, const char* name, const Tensor& t) {
   const int64_t d = t.dim() - 1;
-  check(c.op, t.size(d) <= 1 || t.stride(d) == 1, name, " must be contiguous in its last dimension, got stride ", t.stride(d));
+  check(c.op, t.size(d) <= 1 || t.stride(d) == 1 || t.numel() == 0, name, " must be contiguous in its last dimension, got stride ", t.stride(d));
 }
 
 inline void* read_ptr(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }

@@ -26,6 +26,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
       "cope_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor carry, "
       "Tensor? residual, " FASTPE_COPE_ARGS
       ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate_q, Tensor dgate_k, Tensor dtable)");
+  m.def("merge_fwd(Tensor[] outs, Tensor[] lses, float[] factors) -> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_bwd(Tensor? dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, float[] factors, int needs) -> "
+      "(Tensor[] douts, Tensor dlses)");
   m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");
   m.def("rotate_(Tensor(a!) x, Tensor table, int layout, bool inverse) -> ()");

@@ -146,6 +146,28 @@ struct CopeBwdParams {
   int64_t needs = 0;
 };
 
+// Partial attentions over disjoint sets of keys, joined: chunked.md M3. With factors c_p and L_p the parts' lse,
+//   L = log sum_p exp(c_p L_p),  w_p = exp(c_p L_p - L),  out = sum_p w_p o_p.
+// A part whose L_p is -inf has no share, whatever its o_p holds; a row of such parts gives out 0, L -inf.
+struct MergeParams {
+  DType dtype = DType::f32;
+  int64_t P = 0, B = 0, H = 0, N = 0, Dv = 0;
+  const View* o = nullptr;          // P of (B,H,N,Dv)
+  const Aux* lse = nullptr;         // P of (B,H,N)
+  const double* factor = nullptr;   // P, positive
+  View out;
+  void* out_lse = nullptr;          // aux (B,H,N), contiguous
+};
+
+// d o_p = w_p d_out,  d L_p = c_p w_p (d_lse + <d_out, o_p - out>).
+struct MergeBwdParams {
+  MergeParams fwd;                  // out and out_lse are not read
+  View d_out;                       // p may be null (0)
+  const void* d_lse = nullptr;      // aux (B,H,N), contiguous; may be null (0)
+  const View* d_o = nullptr;        // P; may be null: not needed
+  void* d_lse_p = nullptr;          // aux (P,B,H,N), contiguous; may be null: not needed
+};
+
 // y = rotate(x), x and y (B,H,N,D) of one dtype; y may be x.
 struct RotateParams {
   DType dtype = DType::f32;

@@ -11,6 +11,8 @@ struct KernelTable {
   void (*attn_bwd)(const AttnBwdParams&, const Runtime&, TileStats*);  // stats may be null
   void (*cope_fwd)(const CopeParams&, const Runtime&, TileStats*);
   void (*cope_bwd)(const CopeBwdParams&, const Runtime&, TileStats*);
+  void (*merge_fwd)(const MergeParams&, const Runtime&);
+  void (*merge_bwd)(const MergeBwdParams&, const Runtime&);
   void (*rotate)(const RotateParams*, int count, const Runtime&);      // count tensors in one pass
   void (*rope_table)(const RopeTableParams&, const Runtime&);
   void (*prefix_sum)(const PrefixParams&, const Runtime&);
@@ -24,6 +26,8 @@ void attn_fwd(const AttnParams&, const Runtime&, TileStats*);
 void attn_bwd(const AttnBwdParams&, const Runtime&, TileStats*);
 void cope_fwd(const CopeParams&, const Runtime&, TileStats*);
 void cope_bwd(const CopeBwdParams&, const Runtime&, TileStats*);
+void merge_fwd(const MergeParams&, const Runtime&);
+void merge_bwd(const MergeBwdParams&, const Runtime&);
 void rotate(const RotateParams*, int count, const Runtime&);
 void rope_table(const RopeTableParams&, const Runtime&);
 void prefix_sum(const PrefixParams&, const Runtime&);

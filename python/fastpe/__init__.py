@@ -7,6 +7,7 @@ from ._info import info
 from ._rope import Rope
 from ._stats import tile_stats
 from .attention import attention
+from .merge import merge
 from .prefix import Prefix, prefix_sum
 from .rotary import apply_rotary, apply_rotary_pair
 from .rotary import apply_rotary
@@ -24,6 +25,7 @@ __all__ = [
     "config",
     "info",
     "mask",
+    "merge",
     "nn",
     "positions",
     "prefix_sum",

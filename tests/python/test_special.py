@@ -129,3 +129,9 @@ def test_long_prefix_keeps_its_differences():
     out = fastpe.attention(q, k, v, bias=bias.Cable(c), is_causal=True)
     want = fastpe.reference.attention(q, k, v, bias=bias.Cable(steps), is_causal=True)
     compare.close("out", out, want, 2e-5)
+
+
+def test_backward_without_queries():
+    q, k = torch.randn(1, 2, 0, 8, requires_grad=True), torch.randn(1, 2, 5, 8, requires_grad=True)
+    fastpe.attention(q, k, k).sum().backward()  # sum hands over an expanded gradient
+    assert q.grad.shape == q.shape and not k.grad.any()
