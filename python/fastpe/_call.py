@@ -67,6 +67,10 @@ class OpBias:
     cols: Tensor | None = None
     index: Tensor | None = None
     dense: Tensor | None = None
+    factor: Tensor | None = None
+    pairs: Tensor | None = None
+    q_seg: Tensor | None = None
+    k_seg: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,3 +83,32 @@ class OpMask:
     q_ids: Tensor | None = None
     k_ids: Tensor | None = None
     mask: Tensor | None = None
+    intervals: Tensor | None = None
+    lower: Tensor | None = None
+    q_seg: Tensor | None = None
+    k_seg: Tensor | None = None
+    relation: Tensor | None = None
+    block_map: Tensor | None = None
+    block_q: int = 1
+    block_k: int = 1
+
+    @property
+    def banded(self) -> bool:
+        """Windows, ids and a dense mask only."""
+        return self.intervals is None and self.lower is None and self.relation is None and self.block_map is None
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionPlan:
+    """What one call needs to know of a region (csrc/pos/region.h): the rule and the positions of every region.
+
+    `query` holds one float64 array of positions a region, (Nq,) or (B, Nq); `key` the same for keys, or one array that
+    serves all regions. Logits are multiplied by `amplitude`, and row i by `row_factor`[i].
+    """
+
+    kind: int
+    size: int
+    query: tuple[Tensor, ...]
+    key: tuple[Tensor, ...]
+    amplitude: float = 1.0
+    row_factor: Tensor | None = None

@@ -282,6 +282,24 @@ def sinks(n: int) -> Mask:
     return Mask(sinks=n)
 
 
+def streaming(start: int = 4, recent: int = 2000) -> Mask:
+    """What StreamingLLM's cache holds at every step: the first `start` keys, the last `recent` and the own one (arXiv 2309.17453).
+
+    Goes with `fastpe.region.streaming(start, recent)`.
+
+    Args:
+        start: at least 0.
+        recent: at least 1.
+
+    >>> import fastpe
+    >>> fastpe.mask.streaming(4, 100)
+    Mask(left=101, right=1, sinks=4)
+    """
+    _check.count("fastpe.mask.streaming", "start", start, 0)
+    _check.count("fastpe.mask.streaming", "recent", recent, 1)
+    return Mask(left=recent + 1, right=1, sinks=start)
+
+
 def documents(*, cu_seqlens: Tensor | None = None, ids: Tensor | None = None, key_ids: Tensor | None = None) -> Mask:
     """Tokens see their own document only. Give either cu_seqlens or ids.
 

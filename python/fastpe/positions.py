@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from . import _check
+from ._rope import check_choice
 
 Tensor = torch.Tensor
 
@@ -454,12 +455,16 @@ def self_extend(n: int, window: int = 1024, group: int = 8, *, shift: str = "flo
     where = "fastpe.positions.self_extend"
     for what, x in (("n", n), ("window", window), ("group", group)):
         _check.count(where, what, x, 1)
-    if shift not in ("floor", "true"):
-        raise ValueError(f"{where}: shift must be 'floor' or 'true', got {shift!r}")
     # With every pair near there is nothing to line up, and the released code leaves the shift out.
     reach = window if n - 1 >= window else 0
     key = (torch.arange(n) // group).double()
-    return key + (reach - (reach // group if shift == "floor" else reach / group)), key
+    return key + self_extend_shift(where, reach, group, shift), key
+
+
+def self_extend_shift(where: str, window: int, group: int, shift: str) -> float:
+    """What far query positions are moved by, so that distances go on where the window ends."""
+    check_choice(where, "shift", shift, ("floor", "true"))
+    return window - (window // group if shift == "floor" else window / group)
 
 
 def v2pe(is_image: Tensor, stride: float | Tensor, num_image_token: int = 256) -> Tensor:

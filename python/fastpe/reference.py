@@ -52,61 +52,85 @@ def attention(
     >>> torch.allclose(got, fastpe.reference.attention(q, q, q, bias=b, is_causal=True))
     True
     """
-    if region is not None:
-        raise NotImplementedError("fastpe.reference.attention: region is not supported")
     parts = dense_parts(
-        query.double(), key.double(), value.double(), rope=rope, bias=bias, mask=mask, positions=positions, key_positions=key_positions,
-        scale=scale, head_scale=head_scale, row_scale=row_scale, temperature=temperature, is_causal=is_causal,
+        query.double(), key.double(), value.double(), rope=rope, bias=bias, mask=mask, region=region, positions=positions,
+        key_positions=key_positions, scale=scale, head_scale=head_scale, row_scale=row_scale, temperature=temperature, is_causal=is_causal,
     )  # fmt: skip
-    query, key, factor, b, visible, tau = parts
+    query, key, factor, b, visible, tau, region_of = parts
     sink = None if sink is None else sink.double()
     return softmax_attention(
         query, key, value.double(), factor, b, visible, softcap=softcap, softcap_includes_bias=softcap_includes_bias,
-        temperature=tau, sink=sink, return_lse=return_lse,
+        temperature=tau, sink=sink, region_of=region_of, return_lse=return_lse,
     )  # fmt: skip
 
 
-def dense_parts(query, key, value, *, rope, bias, mask, positions, key_positions, scale, head_scale, row_scale, temperature, is_causal):
-    """The arguments of a call as dense float64 arrays: rotated query and key, the factor of the products, bias,
-    visibility and temperature, as `softmax_attention` takes them."""
+def dense_parts(
+    query, key, value, *, rope, bias, mask, region, positions, key_positions, scale, head_scale, row_scale, temperature, is_causal
+):  # fmt: skip
+    """The arguments of a call as dense float64 arrays: rotated query and key (a tuple each with regions), the factor of the
+    products, bias, visibility, temperature and the regions of the pairs, as `softmax_attention` takes them."""
     (B, H, Nq, D), Nk = query.shape, key.shape[2]
     if scale is None:
         scale = D**-0.5
     causal = is_causal or (mask is not None and mask.is_causal)
     call = Call(B, H, Nq, Nk, causal, torch.float64, query.device)
-    if rope is not None:
+    plan = region_of = None
+    if region is not None:
+        if rope is None:
+            raise ValueError("fastpe.reference.attention: region chooses positions for rope, which is None")
+        if positions is not None or key_positions is not None:
+            raise ValueError("fastpe.reference.attention: positions and region both say where tokens are; give one of them")
+        if isinstance(bias, Contextual):
+            raise NotImplementedError(f"fastpe.reference.attention: region does not go with bias {type(bias).__name__}")
+        plan, region_of, rope = region.plan(call), region.region_of(call), region.fit(rope, call)
+        query, key = _rotated_by_region(query, key, rope, plan, call)
+    elif rope is not None:
         q_table, k_table = rope.materialize_tables(positions, key_positions, Nq, Nk, B, H, key.shape[1], query.device)
         query = rotate(query, q_table[0], q_table[1], rope.layout, False)
         key = rotate(key, k_table[0], k_table[1], rope.layout, False)
 
-    visible = call.distance() >= 0 if is_causal else torch.ones(Nq, Nk, dtype=torch.bool, device=query.device)
+    visible = call.distance() >= 0 if is_causal else torch.ones(Nq, Nk, dtype=torch.bool, device=call.device)
     visible = visible[None, None]
     if mask is not None:
         visible = visible & mask.materialize(call)
-    rho = torch.ones(1, 1, 1, dtype=torch.float64, device=query.device)
+    rho = torch.ones(1, 1, 1, dtype=torch.float64, device=call.device)
+    if plan is not None:
+        rho = rho * plan.amplitude
+        if plan.row_factor is not None:
+            rho = rho * plan.row_factor
     if head_scale is not None:
-        rho = rho * _heads(head_scale, query)[..., None]
+        rho = rho * _heads(head_scale, call.device)[..., None]
     if row_scale is not None:
         rho = rho * row_scale.double().reshape(*(1,) * (3 - row_scale.dim()), *row_scale.shape)
-    tau = None if temperature is None else _heads(temperature, query)[..., None, None]
+    tau = None if temperature is None else _heads(temperature, call.device)[..., None, None]
     if isinstance(bias, Contextual):
         b = bias.materialize_for(call, query, key, value, visible)
     else:
         b = None if bias is None else bias.materialize(call)
     omega = None if bias is None or isinstance(bias, Contextual) else bias.multiplier(call)
     factor = scale * rho[..., None]
-    return query, key, factor if omega is None else factor * omega, b, visible, tau
+    return query, key, factor if omega is None else factor * omega, b, visible, tau, region_of
 
 
-def _heads(x: Tensor | float, like: Tensor) -> Tensor:
+def _rotated_by_region(query: Tensor, key: Tensor, rope, plan, call: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """query and key turned by the positions of each region."""
+    keys = plan.key * len(plan.query) if len(plan.key) == 1 else plan.key
+    turned = []
+    for p, k in zip(plan.query, keys, strict=True):
+        q_table, k_table = rope.materialize_tables(p, k, call.Nq, call.Nk, call.B, call.H, key.shape[1], call.device)
+        turned.append((rotate(query, *q_table, rope.layout), rotate(key, *k_table, rope.layout)))
+    return tuple(q for q, _ in turned), tuple(k for _, k in turned)
+
+
+def _heads(x: Tensor | float, device: torch.device) -> Tensor:
     """A number, (H,) or (B, H) -> float64 (B|1, H|1)."""
-    x = torch.as_tensor(x, dtype=torch.float64, device=like.device)
+    x = torch.as_tensor(x, dtype=torch.float64, device=device)
     return x.reshape(*(1,) * (2 - x.dim()), *x.shape)
 
 
 def softmax_attention(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | tuple[Tensor, ...],
+    key: Tensor | tuple[Tensor, ...],
     value: Tensor,
     factor: Tensor | float,
     bias: Tensor | None,
@@ -116,6 +140,7 @@ def softmax_attention(
     softcap_includes_bias: bool = False,
     temperature: Tensor | float | None = None,
     sink: Tensor | None = None,
+    region_of: Tensor | None = None,
     return_lse: bool = False,
     softmax_dtype: torch.dtype = torch.float64,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -125,16 +150,22 @@ def softmax_attention(
     half precision kernels are measured against.
 
     Args:
-        query, key, value: (B, H, Nq, D), (B, Hk, Nk, D), (B, Hk, Nk, Dv), one dtype.
+        query, key, value: (B, H, Nq, D), (B, Hk, Nk, D), (B, Hk, Nk, Dv), one dtype. With regions a query and a key for each.
         factor: multiplies the products; broadcastable to (B, H, Nq, Nk).
         bias: broadcastable to (B, H, Nq, Nk), or None.
         visible: bool, broadcastable to (B, H, Nq, Nk).
         softcap, softcap_includes_bias, temperature, sink: as in `attention`; temperature broadcastable to (B, H, Nq, 1).
+        region_of: (Nq, Nk), which query and key a pair takes, counted from 1; None: there is one of each.
         softmax_dtype: of scores, softmax and lse.
     """
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    x = factor * (query @ key.transpose(-1, -2)).to(softmax_dtype)
+    queries, keys = ((query,), (key,)) if region_of is None else (query, key)
+    group = queries[0].shape[1] // value.shape[1]
+    value = value.repeat_interleave(group, dim=1)
+    products = [q @ k.repeat_interleave(group, dim=1).transpose(-1, -2) for q, k in zip(queries, keys, strict=True)]
+    x = products[0]
+    for n, other in enumerate(products[1:], 2):
+        x = torch.where(region_of == n, other, x)
+    x = factor * x.to(softmax_dtype)
     if softcap is not None and not softcap_includes_bias:
         x = softcap * torch.tanh(x / softcap)
     s = x if bias is None else x + bias

@@ -54,11 +54,23 @@ def case_names(stem: str) -> list[str]:
     return list(_open(stem)[1])
 
 
-def load(stem: str, case: str) -> dict:
-    """The arrays of a case as tensors, with the plain values of its description."""
+def load(stem: str, case: str, base: str | None = None) -> dict:
+    """The arrays of a case as tensors, with the plain values of its description; where `base` names another case, with the
+    inputs of that one."""
     meta, cases = _open(stem)
     facts = {k: v for k, v in meta.get("cases", {}).get(case, {}).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return facts | {name: torch.from_numpy(np.array(x)) for name, x in cases[case].items()}
+    own = facts | {name: torch.from_numpy(np.array(x)) for name, x in cases[case].items()}
+    if base is None:
+        return own
+    return {name: x for name, x in load(stem, base).items() if not is_result(name)} | own
+
+
+def is_result(name: str) -> bool:
+    """Whether an array is an output or a gradient."""
+    return name.startswith(("out", "lse", "d_", "dmem_")) or name.endswith("_detached") or name in _GRADIENTS
+
+
+_GRADIENTS = ("do", "dq", "dk", "dv", "dbias", "dgate")
 
 
 _ran: collections.Counter = collections.Counter()

@@ -21,9 +21,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Where every entry is tiny (gradients under strong decay), the terms that cancelled are of order one and set the error.
 FLOOR = 0.1
-# Gradients whose names have no underscore.
-MAIN = ("dq", "dk", "dv", "dbias")
-
 
 def ids(key):
     return "/".join(key) if isinstance(key, tuple) else str(key).removeprefix("torch.")
@@ -37,11 +34,15 @@ def isa(request):
     _C.set_isa(before)
 
 
+def load(stem, case):
+    return golden.load(stem, case, table.BASES.get((stem, case)))
+
+
 class Golden:
     """One case, its inputs rounded for a dtype."""
 
     def __init__(self, stem, case, dtype, wide=False):
-        self.a = golden.load(stem, case)
+        self.a = load(stem, case)
         self.stem, self.case = stem, case
         leaves = self.leaves = Leaves(dtype, wide)
         for name, main in (("q", True), ("k", True), ("v", True)):
@@ -55,31 +56,33 @@ class Golden:
             inputs["inv_freq"] = self.a["inv_freq"]
         kwargs = table.CALLS[stem, case](inputs, lambda name: leaves(name, self.a[name]), leaves.watch)
         self.run = kwargs.pop("run", None)
+        self.region = kwargs.pop("region", None) if self.run else kwargs.get("region")
         self.kwargs = kwargs | ({"scale": float(self.a["scale"])} if "scale" in self.a else {})
-        self.dout = leaves.rounded(self.a["do"], main=True)
+        self.dout = leaves.rounded(self.a["do"], main=True) if "do" in self.a else None
 
     def __call__(self, attention):
         q, k, v = (self.leaves.named[name] for name in "qkv")
         if self.run:
-            out, lse = self.run(attention, q, k, v, **self.kwargs)
+            made = self.run(attention, q, k, v, **self.kwargs)
         else:
-            out, lse = attention(q, k, v, **self.kwargs, return_lse=True)
-        (out * self.dout.to(out.dtype)).sum().backward()
-        return {"out": out, "lse": lse, **self.gradients()}
+            made = attention(q, k, v, **self.kwargs, return_lse=True)
+        made = made if isinstance(made, dict) else dict(zip(("out", "lse"), made))
+        if self.dout is not None:
+            (made["out"] * self.dout.to(made["out"].dtype)).sum().backward()
+        return {name: x for name, x in made.items() if name in self.stored()} | self.gradients()
 
     def gradients(self):
         """Name in the file -> gradient, for every gradient the file holds."""
         found = {}
         for name in self.a:
-            what = name[1:] if name in MAIN else name[2:] if name.startswith("d_") else None
-            if what is None or what not in self.leaves.named:
-                continue
-            found[name] = self.leaves.named[what].grad
+            what = name[2:] if name.startswith("d_") else name[1:] if name.startswith("d") else None
+            if what in self.leaves.named and name in self.stored():
+                found[name] = self.leaves.named[what].grad
         return found
 
     def stored(self):
         """The results the file holds and this test must compare."""
-        names = {n for n in self.a if n in ("out", "lse", *MAIN) or n.startswith("d_")} - {"d_bar"}
+        names = {n for n in self.a if golden.is_result(n)} - {"d_bar", "do"}
         return {n for n in names if (self.stem, self.case, n) not in table.NOT_COMPARED}
 
 
@@ -146,15 +149,32 @@ def test_dense_bias_and_mask(key):
         compare.close("bias", got[seen], want[seen], 1e-12)
 
 
+@pytest.mark.parametrize("key", [key for key in CALLED if "region" in golden.load(*key)], ids=ids)
+def test_regions(key):
+    """Which region a pair is in, and the positions of every region that has a pair, as the original code had them."""
+    g = Golden(*key, torch.float64)
+    (B, H, Nq, _), Nk = g.a["q"].shape, g.a["k"].shape[2]
+    call = fastpe.bias.Call(B, H, Nq, Nk, False, torch.float64, torch.device("cpu"))
+    plan, got, want = g.region.plan(call), g.region.region_of(call), g.a["region"]
+    assert torch.equal(got[want > 0], want[want > 0].long())
+    for r in want[want > 0].unique().tolist():
+        queries, keys = ((want == r).any(axis) for axis in (1, 0))
+        for side, mine, used in (("pq", plan.query, queries), ("pk", plan.key, keys)):
+            stored = g.a.get(f"{side}{r}", g.a.get(side))
+            if stored is None:
+                continue
+            torch.testing.assert_close(mine[r - 1 if len(mine) > 1 else 0][used], stored.double()[used], rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("key", CALLED, ids=ids)
+@pytest.mark.parametrize("key", [key for key in CALLED if key[0] not in table.NO_KERNEL], ids=ids)
 def test_kernels(key, dtype, isa, record_property):
     got = Golden(*key, dtype)(fastpe.attention)
     if dtype in compare.TOLERANCE:
-        want = golden.load(*key)
+        want = load(*key)
         forward, backward = compare.TOLERANCE[dtype]
         for name, x in got.items():
-            compare.close(name, x, want[name], forward if name in ("out", "lse") else backward, floor=FLOOR)
+            compare.close(name, x, want[name], backward if name.startswith("d") else forward, floor=FLOOR)
     else:
         want = Golden(*key, dtype, wide=True)(fastpe.reference.attention)
         own = Golden(*key, dtype)(compare.eager_attention)

@@ -137,7 +137,7 @@ def test_self_extend_reproduces_the_released_code(shift):
 
 BAD = [
     (lambda: positions.self_extend(8, 0, 2), ValueError, "window must be at least 1, got 0"),
-    (lambda: positions.self_extend(8, 4, 2, shift="none"), ValueError, "shift must be 'floor' or 'true', got 'none'"),
+    (lambda: positions.self_extend(8, 4, 2, shift="none"), ValueError, "shift must be one of 'floor', 'true', got 'none'"),
     (lambda: positions.pose(300, 64, 32), ValueError, "target must be at least the chunk of 64 tokens, got 32"),
     (lambda: positions.pose(300, 64, 512, first=40), ValueError, r"first must be in \[1, 32\], got 40"),
     (lambda: positions.pose(300, 64, 512, second_end=301), ValueError, r"second_end must be in \[64, 300\], got 301"),

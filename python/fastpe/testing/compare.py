@@ -62,6 +62,7 @@ def eager_attention(
     rope=None,
     bias=None,
     mask=None,
+    region=None,
     positions=None,
     key_positions=None,
     scale=None,
@@ -76,10 +77,10 @@ def eager_attention(
 ):
     """`fastpe.attention` as dense torch code in the inputs' dtype, with a float32 softmax: the yardstick of half precision."""
     dtype = query.dtype
-    q, k, factor, b, visible, tau = reference.dense_parts(
+    q, k, factor, b, visible, tau, region_of = reference.dense_parts(
         query if rope is None else query.double(), key if rope is None else key.double(),
         value if rope is None else value.double(),
-        rope=rope, bias=bias, mask=mask, positions=positions, key_positions=key_positions, scale=scale,
+        rope=rope, bias=bias, mask=mask, region=region, positions=positions, key_positions=key_positions, scale=scale,
         head_scale=head_scale, row_scale=row_scale, temperature=temperature, is_causal=is_causal,
     )  # fmt: skip
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -87,7 +88,10 @@ def eager_attention(
     def to(x):
         return None if x is None else x.to(wide)
 
+    def narrow(x):
+        return tuple(y.to(dtype) for y in x) if isinstance(x, tuple) else x.to(dtype)
+
     return reference.softmax_attention(
-        q.to(dtype), k.to(dtype), value, to(factor), to(b), visible, softcap=softcap, softcap_includes_bias=softcap_includes_bias, temperature=to(tau), sink=to(sink),
-        return_lse=return_lse, softmax_dtype=wide,
+        narrow(q), narrow(k), value, to(factor), to(b), visible, softcap=softcap, softcap_includes_bias=softcap_includes_bias,
+        temperature=to(tau), sink=to(sink), region_of=region_of, return_lse=return_lse, softmax_dtype=wide,
     )  # fmt: skip
