@@ -17,6 +17,7 @@
 
 #include "core/params.h"
 #include "pos/bias.h"
+#include "pos/region.h"
 
 namespace fastpe::binding {
 
@@ -138,17 +139,17 @@ inline Aux read_aux(const Call& c, const char* name, const OptTensor& t, ScalarT
   return {read_ptr(*t), step(*t, 0), step(*t, 1), step(*t, 2)};
 }
 
-// A table (2, B|1, H|1, N, J) of cos and sin.
-inline Rope read_rope(const Call& c, const char* name, const Tensor& t, ScalarType type, int64_t B, int64_t H, int64_t N) {
+// A table (2, B|1, H|1, N, J) of cos and sin; with regions those of one after the other, (2 R, ...).
+inline Rope read_rope(const Call& c, const char* name, const Tensor& t, ScalarType type, int64_t B, int64_t H, int64_t N, int64_t regions = 1) {
   check_device(c, name, t);
   check_dtype(c, name, t, type);
-  check(c.op, t.dim() == 5, name, " must be of shape (2, B or 1, H or 1, N, J), got ", shape_of(t));
-  check_shape(c, name, t, {{2}, broadcast(B), broadcast(H), {N}, {t.size(4)}});
+  check(c.op, t.dim() == 5, name, " must be of shape (", 2 * regions, ", B or 1, H or 1, N, J), got ", shape_of(t));
+  check_shape(c, name, t, {{2 * regions}, broadcast(B), broadcast(H), {N}, {t.size(4)}});
   check_last_contiguous(c, name, t);
   const Aux cos{read_ptr(t), step(t, 1), step(t, 2), t.stride(3)};
   Aux sin = cos;
   sin.p = offset(cos.p, t.stride(0), t);
-  return {cos, sin};
+  return {cos, sin, regions > 1 ? 2 * t.stride(0) : 0};
 }
 
 // ---- new tensors ------------------------------------------------------------------------------------------------
@@ -178,6 +179,9 @@ struct AttnArgs {
   double scale, softcap, softcap_mul, skip_eps;
   OptTensor bias_pieces, bias_omega, bias_rows, bias_cols, bias_index, bias_dense;
   bool softcap_bias;
+  OptTensor bias_factor, bias_pairs, bias_q_seg, bias_k_seg;
+  OptTensor intervals, lower, q_seg, k_seg, relation, block_map;
+  int64_t block_q, block_k, region_kind, region_size;
 };
 
 // The arguments attn_fwd and attn_bwd have in common: as schema text, as parameters, and in AttnArgs' order.
@@ -186,17 +190,23 @@ struct AttnArgs {
   "Tensor? bias_u, Tensor? bias_w, Tensor? bias_base, Tensor? bias_table, int left, int right, int sinks, " \
   "Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor? row_scale, Tensor? sink, float scale, float softcap, " \
   "float softcap_mul, float skip_eps, Tensor? bias_pieces, Tensor? bias_omega, Tensor? bias_rows, " \
-  "Tensor? bias_cols, Tensor? bias_index, Tensor? bias_dense, bool softcap_bias"
+  "Tensor? bias_cols, Tensor? bias_index, Tensor? bias_dense, bool softcap_bias, Tensor? bias_factor, " \
+  "Tensor? bias_pairs, Tensor? bias_q_seg, Tensor? bias_k_seg, Tensor? intervals, Tensor? lower, Tensor? q_seg, " \
+  "Tensor? k_seg, Tensor? relation, Tensor? block_map, int block_q, int block_k, int region_kind, int region_size"
 #define FASTPE_ATTN_PARAMS \
   OptTensor q_rope, OptTensor k_rope, int64_t rope_layout, int64_t bias_form, OptTensor bias_params, OptTensor bias_gamma, \
       OptTensor bias_u, OptTensor bias_w, OptTensor bias_base, OptTensor bias_table, int64_t left, int64_t right, \
       int64_t sinks, OptTensor q_ids, OptTensor k_ids, OptTensor mask, OptTensor row_scale, OptTensor sink, double scale, \
       double softcap, double softcap_mul, double skip_eps, OptTensor bias_pieces, OptTensor bias_omega, \
-      OptTensor bias_rows, OptTensor bias_cols, OptTensor bias_index, OptTensor bias_dense, bool softcap_bias
+      OptTensor bias_rows, OptTensor bias_cols, OptTensor bias_index, OptTensor bias_dense, bool softcap_bias, \
+      OptTensor bias_factor, OptTensor bias_pairs, OptTensor bias_q_seg, OptTensor bias_k_seg, OptTensor intervals, \
+      OptTensor lower, OptTensor q_seg, OptTensor k_seg, OptTensor relation, OptTensor block_map, int64_t block_q, \
+      int64_t block_k, int64_t region_kind, int64_t region_size
 #define FASTPE_ATTN_VALUES \
   q_rope, k_rope, rope_layout, bias_form, bias_params, bias_gamma, bias_u, bias_w, bias_base, bias_table, left, right, \
       sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps, bias_pieces, bias_omega, \
-      bias_rows, bias_cols, bias_index, bias_dense, softcap_bias
+      bias_rows, bias_cols, bias_index, bias_dense, softcap_bias, bias_factor, bias_pairs, bias_q_seg, bias_k_seg, \
+      intervals, lower, q_seg, k_seg, relation, block_map, block_q, block_k, region_kind, region_size
 
 inline RopeLayout layout_of(const char* op, int64_t layout) {
   check(op, layout == 0 || layout == 1, "layout must be 0 (half) or 1 (interleaved), got ", layout);
@@ -211,6 +221,23 @@ inline BiasForm form_of(const char* op, int64_t id) {
     return BiasForm(id);
     default: fail(op, "bias_form ", id, " is not a form");
   }
+}
+
+// int32 (B|1, N) in [0, limit). A wrong id would read outside a table, so each is looked at where the host can.
+inline const int32_t* read_ids(const Call& c, const char* name, const Tensor& t, int64_t B, int64_t N, int64_t limit, int64_t& sb) {
+  check_device(c, name, t);
+  check_dtype(c, name, t, ScalarType::Int);
+  check_shape(c, name, t, {broadcast(B), {N}});
+  check_last_contiguous(c, name, t);
+  sb = step(t, 0);
+  const int32_t* p = static_cast<const int32_t*>(t.const_data_ptr());
+  if (t.is_cpu())
+    for (int64_t b = 0; b < t.size(0); ++b)
+      for (int64_t i = 0; i < N; ++i) {
+        const int32_t x = p[b * sb + i];
+        if (x < 0 || x >= limit) [[unlikely]] fail(c.op, name, " must lie in [0, ", limit, "), got ", x, " at token ", i);
+      }
+  return p;
 }
 
 inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t B, int64_t H, int64_t Nq, int64_t Nk) {
@@ -286,7 +313,30 @@ inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t 
     b.dense = read_aux(c, "bias_dense", a.bias_dense, aux, {broadcast(B), broadcast(H), broadcast(Nq), broadcast(Nk)});
     b.dense_sk = t.size(3) == 1 ? 0 : 1;
   }
+  const bool by_pair = a.bias_factor || a.bias_pairs;
+  check(c.op, by_pair == a.bias_q_seg.has_value() && by_pair == a.bias_k_seg.has_value(), "bias_factor or bias_pairs goes with bias_q_seg and bias_k_seg");
+  if (by_pair) {
+    const Tensor& t = a.bias_factor ? *a.bias_factor : *a.bias_pairs;
+    check(c.op, t.dim() == 4 && t.size(2) >= 1 && t.size(3) >= 1, "bias_factor and bias_pairs must be of shape (B or 1, H or 1, Sq, Sk), got ", shape_of(t));
+    b.Sq = t.size(2), b.Sk = t.size(3);
+    b.factor = read_aux(c, "bias_factor", a.bias_factor, aux, {broadcast(B), broadcast(H), {b.Sq}, {b.Sk}});
+    b.pairs = read_aux(c, "bias_pairs", a.bias_pairs, aux, {broadcast(B), broadcast(H), {b.Sq}, {b.Sk}});
+    // The kernels index rows of Sk entries: an axis of length 1 needs its stride too.
+    if (b.factor) b.factor.sn = a.bias_factor->stride(2);
+    if (b.pairs) b.pairs.sn = a.bias_pairs->stride(2);
+    b.q_seg = read_ids(c, "bias_q_seg", *a.bias_q_seg, B, Nq, b.Sq, b.q_seg_sb);
+    b.k_seg = read_ids(c, "bias_k_seg", *a.bias_k_seg, B, Nk, b.Sk, b.k_seg_sb);
+  }
   return b;
+}
+
+inline Region read_region(const Call& c, const AttnArgs& a) {
+  check(c.op, a.region_kind >= 0 && a.region_kind <= int64_t(RegionKind::band), "region_kind ", a.region_kind, " is not a kind");
+  Region r{RegionKind(a.region_kind), a.region_size};
+  if (r.kind == RegionKind::none) return {};
+  check(c.op, a.q_rope.has_value(), "regions differ by their rotation, but there is no q_rope");
+  check(c.op, r.size >= (r.kind == RegionKind::key_set ? 0 : 1), "region_size must be at least ", r.kind == RegionKind::key_set ? 0 : 1, ", got ", r.size);
+  return r;
 }
 
 inline Visibility read_visibility(const Call& c, const AttnArgs& a, int64_t B, int64_t H, int64_t Nq, int64_t Nk) {
@@ -318,7 +368,44 @@ inline Visibility read_visibility(const Call& c, const AttnArgs& a, int64_t B, i
     v.mask_sn = step(m, 2);
     v.mask_sk = step(m, 3);
   }
+  if (a.intervals) {
+    const Tensor& t = *a.intervals;
+    check_device(c, "intervals", t);
+    check_dtype(c, "intervals", t, ScalarType::Int);
+    check_shape(c, "intervals", t, {broadcast(B), {4}, {Nk}});
+    check(c.op, t.is_contiguous(), "intervals must be contiguous");
+    v.intervals = static_cast<const int32_t*>(t.const_data_ptr());
+    v.intervals_sb = step(t, 0);
+  }
+  ids("lower", a.lower, Nq, v.lower, v.lower_sb);
+  check(c.op, a.q_seg.has_value() == a.k_seg.has_value() && a.q_seg.has_value() == a.relation.has_value(), "q_seg, k_seg and relation go together");
+  if (a.relation) {
+    const Tensor& t = *a.relation;
+    check_device(c, "relation", t);
+    check_dtype(c, "relation", t, ScalarType::Bool);
+    check(c.op, t.dim() == 2 && t.size(0) >= 1 && t.size(1) >= 1 && t.is_contiguous(), "relation must be a contiguous (Sq, Sk), got ", shape_of(t));
+    v.relation = static_cast<const uint8_t*>(t.const_data_ptr());
+    v.Sq = t.size(0), v.Sk = t.size(1);
+    v.q_seg = read_ids(c, "q_seg", *a.q_seg, B, Nq, v.Sq, v.q_seg_sb);
+    v.k_seg = read_ids(c, "k_seg", *a.k_seg, B, Nk, v.Sk, v.k_seg_sb);
+  }
+  if (a.block_map) {
+    const Tensor& t = *a.block_map;
+    check(c.op, a.block_q >= 1 && a.block_k >= 1, "block_q and block_k must be at least 1, got ", a.block_q, " and ", a.block_k);
+    check_device(c, "block_map", t);
+    check_dtype(c, "block_map", t, ScalarType::Bool);
+    check_shape(c, "block_map", t, {broadcast(B), broadcast(H), {(Nq + a.block_q - 1) / a.block_q}, {(Nk + a.block_k - 1) / a.block_k}});
+    check_last_contiguous(c, "block_map", t);
+    v.map = static_cast<const uint8_t*>(t.const_data_ptr());
+    v.map_sb = step(t, 0), v.map_sh = step(t, 1), v.map_sn = t.stride(2);
+    v.block_q = a.block_q, v.block_k = a.block_k;
+  }
   return v;
+}
+
+// Regions, or visibility beyond windows, ids and dense masks.
+inline bool beyond_bands(const AttnParams& p) {
+  return p.region.kind != RegionKind::none || p.vis.intervals || p.vis.lower || p.vis.relation || p.vis.map;
 }
 
 // Everything but the outputs.
@@ -345,9 +432,11 @@ inline AttnParams read_attn(const char* op, const AttnArgs& a) {
   const ScalarType aux = aux_type(p.dtype);
   check(op, a.q_rope.has_value() == a.k_rope.has_value(), "q_rope and k_rope go together");
   p.rope_layout = layout_of(op, a.rope_layout);
+  p.region = read_region(c, a);
   if (a.q_rope) {
-    p.q_rope = read_rope(c, "q_rope", *a.q_rope, aux, p.B, p.H, p.Nq);
-    p.k_rope = read_rope(c, "k_rope", *a.k_rope, aux, p.B, p.Hk, p.Nk);
+    const int64_t regions = pos::region_count(p.region.kind);
+    p.q_rope = read_rope(c, "q_rope", *a.q_rope, aux, p.B, p.H, p.Nq, regions);
+    p.k_rope = read_rope(c, "k_rope", *a.k_rope, aux, p.B, p.Hk, p.Nk, a.k_rope->dim() == 5 && a.k_rope->size(0) == 2 ? 1 : regions);
     p.rope_pairs = a.q_rope->size(4);
     check(op, a.k_rope->size(4) == p.rope_pairs, "q_rope has ", p.rope_pairs, " pairs, k_rope has ", a.k_rope->size(4));
     check(op, p.rope_pairs >= 1 && 2 * p.rope_pairs <= p.D, "q_rope rotates ", 2 * p.rope_pairs, " channels, q has ", p.D);

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   return {out, lse, residual};
 }
 
-using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Grads attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
     int64_t needs) {
@@ -97,6 +97,8 @@ Grads attn_bwd(
   Tensor drows = grad_of(need_rows, "bias_rows", bias_rows, b.drows);
   Tensor dcols = grad_of(need_cols, "bias_cols", bias_cols, b.dcols);
   Tensor ddense = grad_of(need_dense, "bias_dense", bias_dense, b.ddense);
+  Tensor dfactor = grad_of(need_factor, "bias_factor", bias_factor, b.dfactor);
+  Tensor dpairs = grad_of(need_pairs, "bias_pairs", bias_pairs, b.dpairs);
 
   if (p.B > 0 && p.H > 0 && p.Nq > 0 && p.Nk > 0) {
     if (needs) {
@@ -104,9 +106,9 @@ Grads attn_bwd(
       cpu::kernels().attn_bwd(b, runtime(), stats.get());
     }
   } else {
-    for (Tensor* t : {&dq, &dk, &dv, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale, &dpieces, &domega, &drows, &dcols, &ddense}) torch::stable::zero_(*t);
+    for (Tensor* t : {&dq, &dk, &dv, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale, &dpieces, &domega, &drows, &dcols, &ddense, &dfactor, &dpairs}) torch::stable::zero_(*t);
   }
-  return {dq, dk, dv, dparams, dgamma, du, dw, dtable, drow_scale, dpieces, domega, drows, dcols, ddense};
+  return {dq, dk, dv, dparams, dgamma, du, dw, dtable, drow_scale, dpieces, domega, drows, dcols, ddense, dfactor, dpairs};
 }
 
 // ---- rotation ---------------------------------------------------------------------------------------------------

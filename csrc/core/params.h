@@ -36,7 +36,16 @@ struct Aux {
 
 // cos and sin, amplitude folded in: (B|1, H|1, N, J), J = rotary_dim / 2.
 struct Rope {
-  Aux cos, sin;  // null: no rotation
+  Aux cos, sin;    // null: no rotation
+  int64_t sr = 0;  // from one region's table to the next; 0: one table for all regions
+};
+
+// Regions (pos/region.h): up to 3 sets of positions, one softmax.
+enum class RegionKind : int32_t { none = 0, distance = 1, chunk = 2, key_set = 3, band = 4 };
+constexpr int kMaxRegions = 3;
+struct Region {
+  RegionKind kind = RegionKind::none;
+  int64_t size = 1;  // width, chunk or number of keys, at least 1 (key_set: at least 0)
 };
 
 struct Bias {
@@ -58,11 +67,18 @@ struct Bias {
   int64_t index_len = 0;
   Aux dense;       // (B|1,H|1,Nq|1,Nk|1): last axis contiguous, or broadcast (dense_sk 0)
   int64_t dense_sk = 0;
+  // By pair of segments: the score is multiplied by factor[q_seg[i]][k_seg[j]] before everything else, pairs[..][..] is
+  // added with the other biases. (B|1,H|1,Sq,Sk), last axis contiguous. Ids lie in [0, Sq) and [0, Sk).
+  Aux factor, pairs;
+  const int32_t *q_seg = nullptr, *k_seg = nullptr;  // (B|1,Nq), (B|1,Nk)
+  int64_t q_seg_sb = 0, k_seg_sb = 0, Sq = 0, Sk = 0;
 };
 
 // visible(i, j), with I = i + Nk - Nq:
 //   (right <= 0 or j - I < right) and (left <= 0 or I - j < left or j < sinks)
 //   and (no ids or (k_id[j] >= 0 and q_id[i] == k_id[j])) and (no mask or mask[i][j])
+//   and (no intervals or a1[j] <= I < b1[j] or a2[j] <= I < b2[j]) and (no lower or j >= lower[i])
+//   and (no segments or relation[q_seg[i]][k_seg[j]]) and (no block map or map[i / block_q][j / block_k])
 struct Visibility {
   int64_t left = 0;    // window to the past including the own key; 0: unlimited
   int64_t right = 0;   // 1: causal; 0: unlimited
@@ -72,6 +88,14 @@ struct Visibility {
   int64_t q_ids_sb = 0, k_ids_sb = 0;
   const uint8_t* mask = nullptr;   // bool (B|1,H|1,Nq|1,Nk|1)
   int64_t mask_sb = 0, mask_sh = 0, mask_sn = 0, mask_sk = 0;
+  const int32_t* intervals = nullptr;  // (B|1,4,Nk): planes a1, b1, a2, b2, Nk apart
+  const int32_t* lower = nullptr;      // (B|1,Nq)
+  int64_t intervals_sb = 0, lower_sb = 0;
+  const int32_t *q_seg = nullptr, *k_seg = nullptr;  // (B|1,Nq) in [0, Sq), (B|1,Nk) in [0, Sk)
+  int64_t q_seg_sb = 0, k_seg_sb = 0, Sq = 0, Sk = 0;
+  const uint8_t* relation = nullptr;   // bool (Sq,Sk) contiguous
+  const uint8_t* map = nullptr;        // bool (B|1,H|1,ceil(Nq/block_q),ceil(Nk/block_k)), last axis contiguous
+  int64_t map_sb = 0, map_sh = 0, map_sn = 0, block_q = 1, block_k = 1;
 };
 
 struct AttnParams {
@@ -81,7 +105,8 @@ struct AttnParams {
   View residual;           // what rounding o to 16 bits took away, in the same type; p may be null: not kept
   void* lse = nullptr;     // (B,H,Nq) float (double for f64), contiguous
   double scale = 1;
-  Rope q_rope, k_rope;     // both or neither
+  Rope q_rope, k_rope;     // both or neither; with regions both, q_rope one table a region, k_rope one or one a region
+  Region region;
   int64_t rope_pairs = 0;  // J
   RopeLayout rope_layout = RopeLayout::half;
   Bias bias;
@@ -99,6 +124,7 @@ enum Needs : int64_t {
   need_q = 1 << 0, need_k = 1 << 1, need_v = 1 << 2,
   need_params = 1 << 3, need_gamma = 1 << 4, need_u = 1 << 5, need_w = 1 << 6, need_table = 1 << 7,
   need_row_scale = 1 << 8, need_pieces = 1 << 9, need_omega = 1 << 10, need_rows = 1 << 11, need_cols = 1 << 12, need_dense = 1 << 13,
+  need_factor = 1 << 14, need_pairs = 1 << 15,
 };
 
 // Gradients. Pointers of what is not needed are null. dq/dk/dv have the inputs' dtype and dense (B,H,N,D) or
@@ -113,6 +139,7 @@ struct AttnBwdParams {
   int64_t needs = 0;
   void *dparams = nullptr, *dgamma = nullptr, *du = nullptr, *dw = nullptr, *dtable = nullptr, *drow_scale = nullptr;
   void *dpieces = nullptr, *domega = nullptr, *drows = nullptr, *dcols = nullptr, *ddense = nullptr;
+  void *dfactor = nullptr, *dpairs = nullptr;
 };
 
 // Attention whose bias counts gates: bias.md 3.8 and 4. With a_ij the gate logit of a visible pair (times gate_scale),

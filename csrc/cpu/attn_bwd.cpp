@@ -29,11 +29,15 @@ struct BiasGrad : TermGrad<S> {
   S* omega = nullptr;   // span, at its first element
 };
 
+// A bit for every region whose dQ has been written.
+using Touched = uint32_t;
+
 template <class E>
 struct BwdScratch {
   using S = typename E::S;
   using U = typename E::U;
   S *rows, *s, *ds, *cap, *raw, *dq, *terms, *aux;
+  S *other, *sum;  // with regions: scores of a second region, or dS of one region; rows of dQ
   U *tmp, *qt, *dot, *qr, *dor, *pa, *dsa, *dsb;
   TileBias<S>* bias;
   BlockBias<S>* block;
@@ -53,10 +57,13 @@ struct BwdScratch {
     raw = keep_raw ? c.take<S>(kBN<E> * kPitch<S>) : nullptr;
     terms = pos::is_composed(p) ? c.take<S>(Terms<E>::kScratch) : nullptr;
     aux = p.bias.omega || p.bias.pieces ? c.take<S>(kChunk * kPitch<S>) : nullptr;
-    dq = c.take<S>(p.D * kBM);
-    qt = c.take<U>(p.D / E::kPack * kBM);
+    const int64_t regions = pos::region_count(p.region.kind);
+    other = regions > 1 ? c.take<S>(kBN<E> * kPitch<S>) : nullptr;
+    sum = regions > 1 ? c.take<S>(kBM * p.D) : nullptr;
+    dq = c.take<S>(regions * p.D * kBM);
+    qt = c.take<U>(regions * (p.D / E::kPack * kBM));
     dot = c.take<U>(p.Dv / E::kPack * kBM);
-    qr = c.take<U>(kBM / E::kPack * pad(p.D));
+    qr = c.take<U>(regions * (kBM / E::kPack * pad(p.D)));
     dor = c.take<U>(kBM / E::kPack * pad(p.Dv));
     pa = dsa = dsb = nullptr;
     if (E::kPack == 2) {
@@ -130,18 +137,19 @@ struct Backward {
   const Runtime& rt;
   TileStats* stats;
   const bool want_q, want_k, want_v, want_params, want_gamma, want_u, want_w, want_table, want_rho, settle;
-  const bool want_pieces, want_omega, want_rows, want_cols, want_dense, want_bias;
+  const bool want_pieces, want_omega, want_rows, want_cols, want_dense, want_factor, want_pairs, want_bias;
   // A dense gradient of all rows and keys that batch entries or kv heads share: those go one after the other.
   const bool one_by_one;
   const int64_t group, splits, dp, dvp;
+  const int regions, copies;  // of the call; sums of dK, one for every rotated copy of the keys
   int64_t head0 = 0, heads = 0;
   KVPack<E>* packs = nullptr;
-  S *dk = nullptr, *dv = nullptr;  // (wave, split, Nk, padded channels)
+  S *dk = nullptr, *dv = nullptr;  // (wave, split, copies, Nk, padded channels), (wave, split, Nk, padded channels)
   char* worker_base = nullptr;
   size_t worker_bytes = 0;
   // Private bias sums: (B, H, split, ...), and per-row sums (B, H, Nq), which one task owns.
   S *g_params = nullptr, *g_w = nullptr, *g_table = nullptr, *g_u = nullptr, *g_gamma = nullptr, *g_rho = nullptr;
-  S *g_omega = nullptr, *g_cols = nullptr, *g_key = nullptr, *g_row = nullptr;
+  S *g_omega = nullptr, *g_cols = nullptr, *g_key = nullptr, *g_row = nullptr, *g_factor = nullptr, *g_pairs = nullptr;
   double* g_pieces = nullptr;
 
   bool needs(int64_t bit) const { return (a.needs & bit) != 0; }
@@ -156,15 +164,22 @@ struct Backward {
         want_u(needs(need_u) || (needs(need_w) && !p.bias.u)), want_w(needs(need_w)), want_table(needs(need_table)), want_rho(needs(need_row_scale)),
         settle((want_params || want_gamma) && pos::is_rel_fn(p.bias.form) && !p.softcap_bias && (params.fwd.dtype == DType::bf16 || params.fwd.dtype == DType::f16)),
         want_pieces(needs(need_pieces)), want_omega(needs(need_omega)), want_rows(needs(need_rows)), want_cols(needs(need_cols)), want_dense(needs(need_dense)),
-        want_bias(want_params || want_gamma || want_u || want_w || want_table || want_pieces || want_rows || want_cols || want_dense),
+        want_factor(needs(need_factor)), want_pairs(needs(need_pairs)),
+        want_bias(want_params || want_gamma || want_u || want_w || want_table || want_pieces || want_rows || want_cols || want_dense || want_pairs),
         one_by_one(want_dense && p.bias.dense.sn && p.bias.dense_sk && ((p.B > 1 && !p.bias.dense.sb) || (p.Hk > 1 && !p.bias.dense.sh))),
         group(p.H / p.Hk), splits(tiles::backward_splits(one_by_one ? 1 : p.B * p.Hk, call.nq_blocks)),
-        dp(BwdScratch<E>::pad(p.D)), dvp(BwdScratch<E>::pad(p.Dv)) {}
+        dp(BwdScratch<E>::pad(p.D)), dvp(BwdScratch<E>::pad(p.Dv)),
+        regions(pos::region_count(p.region.kind)), copies(KVPack<E>::copies(p)) {}
+
+  // Products before the score's factors are kept where a gradient weighs dS by them.
+  bool keep_raw() const { return want_rho || want_omega || want_factor; }
+  int64_t qt_step() const { return p.D / E::kPack * kBM; }
+  int64_t qr_step() const { return kBM / E::kPack * dp; }
 
   BwdScratch<E> scratch(int worker) const {
     BwdScratch<E> w;
     Carver c{worker_base + size_t(worker) * worker_bytes};
-    w.carve(c, p, want_rho || want_omega);
+    w.carve(c, p, keep_raw());
     return w;
   }
   void carve_pack(KVPack<E>& k, Carver& c) const { k.carve(c, p, call.nk_tiles, true, true, false); }
@@ -172,12 +187,12 @@ struct Backward {
   void run() {
     BwdScratch<E> probe;
     Carver pc{nullptr};
-    probe.carve(pc, p, want_rho || want_omega);
+    probe.carve(pc, p, keep_raw());
     worker_bytes = (pc.used + 127) / 64 * 64;
     Carver oc{nullptr};
     KVPack<E> one;
     carve_pack(one, oc);
-    const int64_t grad_each = splits * p.Nk * ((want_k ? dp : 0) + (want_v ? dvp : 0));
+    const int64_t grad_each = splits * p.Nk * ((want_k ? copies * dp : 0) + (want_v ? dvp : 0));
     const int64_t total = p.B * p.Hk;
     const int64_t wave = one_by_one ? 1 : wave_heads(int64_t(oc.used) + grad_each * int64_t(sizeof(S)), total, rt.threads, int64_t(14) << 20);
     const int64_t bh = p.B * p.H;
@@ -185,7 +200,7 @@ struct Backward {
       call.carve(c);
       packs = c.take<KVPack<E>>(wave);
       worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
-      dk = want_k ? c.take<S>(wave * splits * p.Nk * dp) : nullptr;
+      dk = want_k ? c.take<S>(wave * splits * copies * p.Nk * dp) : nullptr;
       dv = want_v ? c.take<S>(wave * splits * p.Nk * dvp) : nullptr;
       g_params = want_params ? c.take<S>(bh * splits * 2) : nullptr;
       g_w = want_w ? c.take<S>(bh * splits * p.Nk) : nullptr;
@@ -193,6 +208,8 @@ struct Backward {
       g_omega = want_omega ? c.take<S>(bh * splits * table_span(p).len) : nullptr;
       g_pieces = want_pieces ? c.take<double>(bh * splits * 2 * p.bias.pieces_len) : nullptr;
       g_cols = want_cols ? c.take<S>(bh * splits * p.Nk * p.bias.terms_len) : nullptr;
+      g_factor = want_factor ? c.take<S>(bh * splits * p.bias.Sq * p.bias.Sk) : nullptr;
+      g_pairs = want_pairs ? c.take<S>(bh * splits * p.bias.Sq * p.bias.Sk) : nullptr;
       g_key = want_dense && p.bias.dense_sk && !p.bias.dense.sn ? c.take<S>(bh * splits * p.Nk) : nullptr;
       g_row = want_dense && !p.bias.dense_sk ? c.take<S>(bh * p.Nq) : nullptr;
       g_u = want_u ? c.take<S>(bh * p.Nq) : nullptr;
@@ -236,9 +253,9 @@ struct Backward {
     BwdScratch<E> sc = scratch(worker);
     for (int64_t x = 0; x < kBN<E> * kPitch<S>; ++x) sc.s[x] = sc.ds[x] = 0;
     if (sc.aux) std::memset(sc.aux, 0, size_t(kChunk * kPitch<S>) * sizeof(S));
-    S* dk_acc = want_k ? dk + task * p.Nk * dp : nullptr;
+    S* dk_acc = want_k ? dk + task * copies * p.Nk * dp : nullptr;
     S* dv_acc = want_v ? dv + task * p.Nk * dvp : nullptr;
-    if (dk_acc) std::memset(dk_acc, 0, size_t(p.Nk * dp) * sizeof(S));
+    if (dk_acc) std::memset(dk_acc, 0, size_t(copies * p.Nk * dp) * sizeof(S));
     if (dv_acc) std::memset(dv_acc, 0, size_t(p.Nk * dvp) * sizeof(S));
     for (int64_t x = 0; x < group; ++x) {
       const int64_t h = hk * group + x, row = (b * p.H + h) * splits + split;
@@ -258,6 +275,8 @@ struct Backward {
       bg.pieces = own(g_pieces, row, 2 * p.bias.pieces_len);
       bg.cols = own(g_cols, row, p.Nk * p.bias.terms_len);
       bg.key = own(g_key, row, p.Nk);
+      bg.factor = own(g_factor, row, p.bias.Sq * p.bias.Sk);
+      bg.pairs = own(g_pairs, row, p.bias.Sq * p.bias.Sk);
       if (g_row) bg.row = g_row + (b * p.H + h) * p.Nq;
       if (want_rows) bg.rows = static_cast<S*>(a.drows) + (b * p.H + h) * p.Nq * p.bias.terms_len;
       if (want_dense && !g_key && !g_row) {
@@ -304,29 +323,35 @@ struct Backward {
     if (want_v) pack_block_rows(w.dor, dvp, w.rows, p.Dv, rows, lanes);
 
     const S* rho = at<S>(p.row_scale, b, h);
-    for (int64_t r = 0; r < rows; ++r) {
-      S* row = w.rows + r * p.D;
-      load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
-      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
-      const S f = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1));
-      w.scale->rho[r] = f;
-      w.scale->c[r] = f * S(kLog2e);
-      w.scale->qn[r] = may_skip ? S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001) : S(0);
+    for (int64_t r = 0; r < lanes; ++r) w.scale->rho[r] = w.scale->c[r] = w.scale->qn[r] = 0;
+    for (int x = 0; x < regions; ++x) {
+      const Rope turn = region_rope<S>(p.q_rope, x);
+      for (int64_t r = 0; r < rows; ++r) {
+        S* row = w.rows + r * p.D;
+        load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
+        if (turn.cos) rotate_row(row, turn, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+        const S f = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1));
+        w.scale->rho[r] = f;
+        w.scale->c[r] = f * S(kLog2e);
+        if (!may_skip) continue;
+        const S norm = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001);
+        w.scale->qn[r] = x && !(norm > w.scale->qn[r]) ? w.scale->qn[r] : norm;
+      }
+      pack_transposed<E>(w.qt + x * qt_step(), kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
+      if (want_k) pack_block_rows(w.qr + x * qr_step(), dp, w.rows, p.D, rows, lanes);
     }
-    for (int64_t r = rows; r < lanes; ++r) w.scale->rho[r] = w.scale->c[r] = w.scale->qn[r] = 0;
-    pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
-    if (want_k) pack_block_rows(w.qr, dp, w.rows, p.D, rows, lanes);
 
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
     w.block->init(hb, i0, rows, I0);
     const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms};
+    if (w.terms) terms.start();
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < kBM; ++l) {
       w.du[l] = w.dgamma[l] = w.drho[l] = 0;
       w.row_ds[l] = w.row_p[l] = w.row_p0[l] = w.row_p1[l] = w.row_phi[l] = 0;
     }
-    bool first = true;
+    Touched touched = 0;
     int64_t visited = 0, hidden = 0, decayed = 0;
 
     walk_tiles(call, qb, [&](int64_t t) {
@@ -339,20 +364,11 @@ struct Backward {
       if (may_skip && forgettable(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes)) { ++decayed; return; }
       ++visited;
       mask.q_ids = w.ids;
-      tile(kv, t, j0, js, je, tb, mask, terms, w, bg, lanes, I0, dk_acc, dv_acc, first);
-      first = false;
+      tile(kv, t, j0, js, je, tb, mask, terms, w, bg, lanes, I0, dk_acc, dv_acc, touched);
     });
 
     if (settle) settle_rows(w, bg, b, h, i0, rows);
-    if (needs(need_q)) {
-      if (first) std::memset(w.rows, 0, size_t(rows * p.D) * sizeof(S));
-      else transpose(w.rows, p.D, w.dq, kBM, p.D, rows);
-      for (int64_t r = 0; r < rows; ++r) {
-        S* row = w.rows + r * p.D;
-        if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, true, b, h, i0 + r);
-        store_row(row, a.dq, p.dtype, b, h, i0 + r, p.D);
-      }
-    }
+    if (needs(need_q)) store_dq(w, touched, b, h, i0, rows);
     if (g_u) for (int64_t r = 0; r < rows; ++r) g_u[row0 + r] = w.du[r];
     if (g_gamma) for (int64_t r = 0; r < rows; ++r) g_gamma[row0 + r] = w.dgamma[r];
     if (g_rho) for (int64_t r = 0; r < rows; ++r) g_rho[row0 + r] = w.drho[r];
@@ -364,6 +380,24 @@ struct Backward {
       stats->block_q = kBM;
       stats->block_k = kBN<E>;
     }
+  }
+
+  // Every region's part of dQ is turned back by its own angles.
+  void store_dq(BwdScratch<E>& w, Touched touched, int64_t b, int64_t h, int64_t i0, int64_t rows) const {
+    S* sum = regions > 1 ? w.sum : w.rows;
+    if (regions > 1 || !touched) std::memset(sum, 0, size_t(rows * p.D) * sizeof(S));
+    for (int x = 0; x < regions; ++x) {
+      if (!(touched >> x & 1)) continue;
+      const Rope turn = region_rope<S>(p.q_rope, x);
+      transpose(w.rows, p.D, w.dq + x * p.D * kBM, kBM, p.D, rows);
+      for (int64_t r = 0; r < rows; ++r) {
+        S* row = w.rows + r * p.D;
+        if (turn.cos) rotate_row(row, turn, p.rope_pairs, p.rope_layout, true, b, h, i0 + r);
+        if (regions > 1)
+          for (int64_t d = 0; d < p.D; ++d) sum[r * p.D + d] += row[d];
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) store_row(sum + r * p.D, a.dq, p.dtype, b, h, i0 + r, p.D);
   }
 
   // Rows of the block as a B operand with the row on the k axis; rows up to the last whole lane group are zero.
@@ -393,24 +427,21 @@ struct Backward {
     return true;
   }
 
-  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, BwdScratch<E>& w, BiasGrad<S>& bg, int64_t lanes, int64_t I0, S* dk_acc, S* dv_acc, bool first) {
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, BwdScratch<E>& w, BiasGrad<S>& bg, int64_t lanes, int64_t I0, S* dk_acc, S* dv_acc, Touched& touched) {
     constexpr int64_t P = kPitch<S>;
-    constexpr int64_t units = kBN<E> / E::kPack;
-    const int64_t ku = p.D / E::kPack, vu = p.Dv / E::kPack;
+    const int64_t vu = p.Dv / E::kPack;
     const bool masked = mask.partial();
     S *s = w.s + kMargin<S>, *ds = w.ds + kMargin<S>;
     constexpr int64_t half = kBM / 2;
     const int64_t jm = lanes > half ? mask.split : je;
-    gemm<E, false>(kv.k_rows + (j0 + js) * ku, ku, w.qt, kBM, s + js * P, P, jm - js, lanes, ku);
+    tile_scores(p, kv, w.qt, qt_step(), mask, js, jm, je, lanes, s, P, w.other + kMargin<S>);
     gemm<E, false>(kv.v_rows + (j0 + js) * vu, vu, w.dot, kBM, ds + js * P, P, jm - js, lanes, vu);
-    if (jm < je) {
-      gemm<E, false>(kv.k_rows + (j0 + jm) * ku, ku, w.qt + half, kBM, s + jm * P + half, P, je - jm, lanes - half, ku);
-      gemm<E, false>(kv.v_rows + (j0 + jm) * vu, vu, w.dot + half, kBM, ds + jm * P + half, P, je - jm, lanes - half, vu);
-    }
+    if (jm < je) gemm<E, false>(kv.v_rows + (j0 + jm) * vu, vu, w.dot + half, kBM, ds + jm * P + half, P, je - jm, lanes - half, vu);
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
     if (w.terms)
       for (int64_t l = 0; l < kBM; ++l) ones[l] = 1;
+    const int only = only_region(mask, j0 + js, j0 + je, lanes);
 
     for (int64_t c0 = js; c0 < je; c0 += kChunk) {
       const int64_t c1 = c0 + kChunk < je ? c0 + kChunk : je;
@@ -428,29 +459,70 @@ struct Backward {
       if (p.softcap_bias) times(ds, w.cap, c0, c1, lanes);
       if (want_bias) bias_grads(tb, terms, w, bg, s, ds, c0, c1, lanes, I0, j0);
       if (p.softcap > 0 && !p.softcap_bias) times(ds, w.cap, c0, c1, lanes);
+      if (p.bias.factor) factor_grads(terms, w, bg, ds, c0, c1, I0, j0);
       if (p.bias.omega) omega_grads(terms, w, bg, ds, c0, c1, lanes, I0, j0);
       if (want_rho) rho_grads(w, ds, c0, c1, lanes);
-      finish_ds(w, s, ds, c0, c1, lanes);
+      finish_ds(w, s, ds, c0, c1, lanes, only < 0);
     }
     const U* pa = E::kPack == 1 ? reinterpret_cast<const U*>(s) : w.pa;
-    const U* dsa = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa;
-    const int64_t lda = E::kPack == 1 ? P : kBM / E::kPack;
-    const int64_t qu = tiles::ceil_div(lanes, E::kPack), hu = half / E::kPack;
-    const auto by_key = [&](S* acc, int64_t ld, const U* left, const U* right) {
-      gemm<E, true>(left + js * lda, lda, right, ld, acc + (j0 + js) * ld, ld, jm - js, ld, qu);
-      if (jm < je) gemm<E, true>(left + jm * lda + hu, lda, right + hu * ld, ld, acc + (j0 + jm) * ld, ld, je - jm, ld, qu - hu);
-    };
-    if (dv_acc) by_key(dv_acc, dvp, pa, w.dor);
-    if (dk_acc) by_key(dk_acc, dp, dsa, w.qr);
-    if (want_q) {
-      const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsb;
-      const int64_t ldb = E::kPack == 1 ? P : kBM;
-      const U* kc = kv.k_cols + t * p.D * units;
-      const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
-      if (first) gemm<E, false>(kc + u0, units, dsb + u0 * ldb, ldb, w.dq, kBM, p.D, lanes, u_end - u0);
-      else gemm<E, true>(kc + u0, units, dsb + u0 * ldb, ldb, w.dq, kBM, p.D, lanes, u_end - u0);
-      if (jm < je) gemm<E, true>(kc + um, units, dsb + um * ldb + half, ldb, w.dq + half, kBM, p.D, lanes - half, u1 - um);
+    if (dv_acc) by_key(dv_acc + j0 * dvp, dvp, pa, w.dor, js, jm, je, lanes);
+    if (!want_q && !want_k) return;
+    if (only >= 0) return by_region(kv, t, j0, only, ds, w, js, jm, je, lanes, dk_acc, touched);
+    for (int x = 0; x < regions; ++x) {
+      const pos::Range r = pos::keys_of_region(p.region, x, I0, I0 + lanes, j0 + js, j0 + je);
+      if (r.lo == r.hi) continue;
+      const int64_t a = (r.lo - j0) / E::kPack * E::kPack, e = r.hi - j0;
+      const S* own = dS_of_region(w, mask, x, s, ds, a, e, lanes);
+      by_region(kv, t, j0, x, own, w, a, jm < a ? a : jm < e ? jm : e, e, lanes, dk_acc, touched);
     }
+  }
+
+  // The one region all pairs of the tile are in, or -1.
+  int only_region(const TileMask<S>& m, int64_t j_first, int64_t j_end, int64_t lanes) const {
+    int only = -1;
+    for (int x = 0; x < regions; ++x) {
+      const pos::Range r = pos::keys_of_region(p.region, x, m.I0, m.I0 + lanes, j_first, j_end);
+      if (r.lo == r.hi) continue;
+      if (only >= 0) return -1;
+      only = x;
+    }
+    return only;
+  }
+
+  // acc[key] += left^T right over the rows of the block; keys from jm on belong to the second half of the lanes.
+  void by_key(S* acc, int64_t ld, const U* left, const U* right, int64_t js, int64_t jm, int64_t je, int64_t lanes) const {
+    const int64_t lda = E::kPack == 1 ? kPitch<S> : kBM / E::kPack, qu = tiles::ceil_div(lanes, E::kPack), hu = kBM / 2 / E::kPack;
+    gemm<E, true>(left + js * lda, lda, right, ld, acc + js * ld, ld, jm - js, ld, qu);
+    if (jm < je) gemm<E, true>(left + jm * lda + hu, lda, right + hu * ld, ld, acc + jm * ld, ld, je - jm, ld, qu - hu);
+  }
+
+  // dK and dQ of keys [js, je), js at a whole unit, which all belong to region x as far as dS is not 0.
+  void by_region(const KVPack<E>& kv, int64_t t, int64_t j0, int x, const S* ds, BwdScratch<E>& w, int64_t js, int64_t jm, int64_t je, int64_t lanes, S* dk_acc, Touched& touched) const {
+    constexpr int64_t P = kPitch<S>, half = kBM / 2, units = kBN<E> / E::kPack;
+    if (dk_acc) by_key(dk_acc + ((copies > 1 ? x : 0) * p.Nk + j0) * dp, dp, E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa, w.qr + x * qr_step(), js, jm, je, lanes);
+    if (!want_q) return;
+    const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsb;
+    const int64_t ldb = E::kPack == 1 ? P : kBM;
+    const U* kc = kv.cols_of(p, x, call.nk_tiles) + t * p.D * units;
+    S* dq = w.dq + x * p.D * kBM;
+    // The split is at a whole unit (Call::classify); a range cut by a region may end inside one.
+    const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
+    if (touched >> x & 1) gemm<E, true>(kc + u0, units, dsb + u0 * ldb, ldb, dq, kBM, p.D, lanes, u_end - u0);
+    else gemm<E, false>(kc + u0, units, dsb + u0 * ldb, ldb, dq, kBM, p.D, lanes, u_end - u0);
+    if (jm < je) gemm<E, true>(kc + um, units, dsb + um * ldb + half, ldb, dq + half, kBM, p.D, lanes - half, u1 - um);
+    touched |= Touched(1) << x;
+  }
+
+  // dS with the pairs of other regions set to 0, as the operands of the products need it.
+  const S* dS_of_region(BwdScratch<E>& w, const TileMask<S>& mask, int x, const S* s, const S* ds, int64_t a, int64_t e, int64_t lanes) const {
+    constexpr int64_t P = kPitch<S>;
+    S* own = w.other + kMargin<S>;
+    for (int64_t j = a; j < e; ++j) {
+      const pos::Range rows = pos::rows_of_region(p.region, x, mask.j0 + j);
+      for (int64_t l = 0; l < lanes; l += L) select(mask.in_rows(rows, l), V::load(ds + j * P + l), V(S(0))).store(own + j * P + l);
+    }
+    if constexpr (E::kPack == 2) operands_of_ds(w, own, a, e, lanes);
+    return own;
   }
 
   // d rho_i = sum_j scale <q_i, k_j> dx_ij; the raw product was kept because P overwrites it.
@@ -466,22 +538,32 @@ struct Backward {
   }
 
   // dS -> dx times the softmax scale, and the bf16 operand forms.
-  void finish_ds(BwdScratch<E>& w, S* s, S* ds, int64_t c0, int64_t c1, int64_t lanes) {
+  void finish_ds(BwdScratch<E>& w, S* s, S* ds, int64_t c0, int64_t c1, int64_t lanes, bool mixed) {
     constexpr int64_t P = kPitch<S>;
     const bool products = want_q || want_k;
-    for (int64_t l = 0; l < lanes; l += L) {
-      const V rho = V::load(w.scale->rho + l);
-      if constexpr (E::kPack == 1) {
-        if (products)
-          for (int64_t j = c0; j < c1; ++j) (V::load(ds + j * P + l) * rho).store(ds + j * P + l);
-      } else {
+    if constexpr (E::kPack == 1) {
+      for (int64_t l = 0; products && l < lanes; l += L) {
+        const V rho = V::load(w.scale->rho + l);
+        for (int64_t j = c0; j < c1; ++j) (V::load(ds + j * P + l) * rho).store(ds + j * P + l);
+      }
+    } else {
 #if defined(__AVX512BF16__)
+      for (int64_t l = 0; l < lanes; l += L)
+        for (int64_t j = c0; j < c1; ++j) store_bf16(reinterpret_cast<uint16_t*>(w.pa) + j * kBM + l, V::load(s + j * P + l));
+      if (products && !mixed) operands_of_ds(w, ds, c0, c1, lanes);
+#endif
+    }
+  }
+
+  // bf16: dx times the softmax scale by key, and in pairs of keys; c0 at a whole pair.
+  void operands_of_ds(BwdScratch<E>& w, const S* ds, int64_t c0, int64_t c1, int64_t lanes) const {
+#if defined(__AVX512BF16__)
+    constexpr int64_t P = kPitch<S>;
+    if constexpr (E::kPack == 2)
+      for (int64_t l = 0; l < lanes; l += L) {
+        const V rho = V::load(w.scale->rho + l);
         for (int64_t j = c0; j < c1; j += 2) {
           const bool two = j + 1 < c1;
-          const V p0 = V::load(s + j * P + l), p1 = two ? V::load(s + (j + 1) * P + l) : V(0.f);
-          store_bf16(reinterpret_cast<uint16_t*>(w.pa) + j * kBM + l, p0);
-          if (two) store_bf16(reinterpret_cast<uint16_t*>(w.pa) + (j + 1) * kBM + l, p1);
-          if (!products) continue;
           const V d0 = V::load(ds + j * P + l) * rho, d1 = two ? V::load(ds + (j + 1) * P + l) * rho : V(0.f);
           const __m256i b0 = to_bf16(d0), b1 = to_bf16(d1);
           _mm256_storeu_si256((__m256i*)(reinterpret_cast<uint16_t*>(w.dsa) + j * kBM + l), b0);
@@ -489,15 +571,26 @@ struct Backward {
           const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(b0), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b1), 16));
           _mm512_storeu_si512(w.dsb + j / 2 * kBM + l, pair);
         }
-#endif
       }
-    }
+#endif
   }
 
   static void times(S* ds, const S* factor, int64_t c0, int64_t c1, int64_t lanes) {
     constexpr int64_t P = kPitch<S>;
     for (int64_t j = c0; j < c1; ++j)
       for (int64_t l = 0; l < lanes; l += L) (V::load(ds + j * P + l) * V::load(factor + j * P + l)).store(ds + j * P + l);
+  }
+
+  // d factor = sum of dx times the product it multiplied; dx becomes the gradient of that product.
+  void factor_grads(const Terms<E>& terms, BwdScratch<E>& w, BiasGrad<S>& bg, S* ds, int64_t c0, int64_t c1, int64_t I0, int64_t j0) const {
+    constexpr int64_t P = kPitch<S>;
+    const S* om = p.bias.omega ? call.omega_of(terms.h) + (I0 - j0) : nullptr;
+    if (bg.factor)
+      terms.sum_pairs(bg.factor, j0, c0, c1, [&](int64_t j, int64_t l) {
+        const V x = V::load(ds + j * P + l) * V::load(w.raw + j * P + l) * V::load(w.scale->rho + l);
+        return om ? x * V::load(om + l - j) : x;
+      });
+    terms.multiply_factor(ds, P, j0, c0, c1);
   }
 
   // d omega = sum of dx times the product it multiplied, along the diagonals; dx becomes the gradient of that product.
@@ -518,6 +611,7 @@ struct Backward {
     constexpr int64_t P = kPitch<S>;
     if (bg.dense || bg.key || bg.row) terms.dense_grads(ds, P, bg, j0, c0, c1);
     if (bg.rows || bg.cols) terms.indexed_grads(ds, P, bg, j0, c0, c1);
+    if (bg.pairs) terms.sum_pairs(bg.pairs, j0, c0, c1, [&](int64_t j, int64_t l) { return V::load(ds + j * P + l); });
     if (t.form == BiasForm::fire) {
       if (!(bg.pieces || bg.table || bg.mapped || want_gamma)) return;
       S* aux = want_table ? w.aux + kMargin<S> : nullptr;
@@ -625,8 +719,14 @@ struct Backward {
     S* row = scratch(worker).rows;
     for (int64_t j = t * kBN<E>; j < p.Nk && j < (t + 1) * kBN<E>; ++j) {
       if (needs(need_k)) {
-        sum_splits(row, dk + w * splits * p.Nk * dp + j * dp, p.Nk * dp, p.D);
-        if (p.k_rope.cos) rotate_row(row, p.k_rope, p.rope_pairs, p.rope_layout, true, b, hk, j);
+        for (int x = copies - 1; x >= 0; --x) {
+          S* part = x ? row + p.D : row;
+          sum_splits(part, dk + (w * splits * copies + x) * p.Nk * dp + j * dp, copies * p.Nk * dp, p.D);
+          if (p.k_rope.cos) rotate_row(part, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, true, b, hk, j);
+          S* total = row + 2 * p.D;
+          for (int64_t d = 0; copies > 1 && d < p.D; ++d) total[d] = part[d] + (x == copies - 1 ? S(0) : total[d]);
+        }
+        if (copies > 1) std::memcpy(row, row + 2 * p.D, size_t(p.D) * sizeof(S));
         store_row(row, a.dk, p.dtype, b, hk, j, p.D);
       }
       if (needs(need_v)) {
@@ -680,6 +780,8 @@ struct Backward {
           for (int64_t i = 0; i < p.Nq; ++i) g_w[r * splits * p.Nk + call.offset + i] += g_u[r * p.Nq + i];
       fold(a.dw, bi.w, g_w, splits, p.Nk, false);
     }
+    if (a.dfactor) fold(a.dfactor, bi.factor, g_factor, splits, bi.Sq * bi.Sk, false);
+    if (a.dpairs) fold(a.dpairs, bi.pairs, g_pairs, splits, bi.Sq * bi.Sk, false);
     if (a.dcols) fold(a.dcols, {nullptr, 1, 1, 1}, g_cols, splits, p.Nk * bi.terms_len, false);
     if (a.ddense && g_key) fold(a.ddense, bi.dense, g_key, splits, p.Nk, false);
     if (a.ddense && g_row) fold(a.ddense, bi.dense, g_row, 1, p.Nq, bi.dense.sn == 0);

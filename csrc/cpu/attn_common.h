@@ -10,6 +10,7 @@
 
 #include "../core/tiles.h"
 #include "../pos/bias.h"
+#include "../pos/region.h"
 #include "../pos/visible.h"
 #include "kernels.h"
 #include "rows.h"
@@ -285,7 +286,8 @@ FASTPE_INLINE void with_kind(const TileBias<S>& t, Fn&& f) { with_kind(t.kind, t
 
 template <class S>
 struct TileMask {
-  using I = typename Vec<S>::RawInt;
+  using V = Vec<S>;
+  using I = typename V::RawInt;
   pos::Band band;
   int64_t I0 = 0, j0 = 0;   // absolute index of lane 0 and of the tile's first key
   bool by_index = false;    // index rules cut through this tile
@@ -293,21 +295,37 @@ struct TileMask {
   const S* q_ids = nullptr;        // lanes, bit patterns of integers
   const uint8_t* dense = nullptr;  // at (first row of the block, key 0)
   int64_t dense_sn = 0, dense_sk = 0;
+  const int32_t* intervals = nullptr;  // plane a1 by absolute key; planes are interval_step apart
+  int64_t interval_step = 0;
+  const int32_t* lower = nullptr;      // by lane, as far as there are rows
+  const int32_t *q_seg = nullptr, *k_seg = nullptr;  // by lane; by absolute key
+  const uint8_t* relation = nullptr;
+  int64_t relation_sn = 0;
+  const uint8_t* map = nullptr;        // of (batch, head)
+  int64_t map_sn = 0, block_q = 1, block_k = 1, i0 = 0;
   int64_t rows = 0;
   int64_t split = 0;  // keys from here on are hidden from the first kBM / 2 lanes: products leave those out
 
-  bool partial() const { return by_index || k_ids || dense; }
+  bool partial() const { return by_index || k_ids || dense || intervals || lower || relation || map; }
+
+  // Lanes whose absolute row lies in r, l: first lane of the vector.
+  FASTPE_INLINE Mask<S> in_rows(pos::Range r, int64_t l) const {
+    const int64_t lo = r.lo - I0 - l, hi = r.hi - I0 - l;
+    const V idx = V::iota();
+    return (idx >= V(S(lo < -1 ? -1 : lo > kBM ? kBM : lo))) & (idx < V(S(hi < -1 ? -1 : hi > kBM ? kBM : hi)));
+  }
+  // f(lane) for every lane of the vector that is a row.
+  template <class Fn>
+  FASTPE_INLINE Mask<S> by_lane(int64_t l, Fn&& f) const {
+    I q{};
+    for (int x = 0; x < Vec<S>::kLanes; ++x) q[x] = l + x < rows && f(l + x) ? -1 : 0;
+    return Mask<S>{q};
+  }
 
   // Lanes that see key j (index in the tile); l: first lane of the vector.
   FASTPE_INLINE Mask<S> lanes(int64_t j, int64_t l) const {
-    using V = Vec<S>;
     Mask<S> m{I{} - 1};
-    if (by_index) {
-      const pos::Range r = pos::rows_of_key(band, j0 + j);
-      const int64_t lo = r.lo - I0 - l, hi = r.hi - I0 - l;
-      const V idx = V::iota();
-      m = m & (idx >= V(S(lo < -1 ? -1 : lo > kBM ? kBM : lo))) & (idx < V(S(hi < -1 ? -1 : hi > kBM ? kBM : hi)));
-    }
+    if (by_index) m = m & in_rows(pos::rows_of_key(band, j0 + j), l);
     if (k_ids) {
       const int32_t id = k_ids[j0 + j];
       if (id < 0) return Mask<S>{I{}};
@@ -315,10 +333,16 @@ struct TileMask {
       std::memcpy(&q, q_ids + l, sizeof(q));
       m = m & Mask<S>{q == (I{} + id)};
     }
-    if (dense) {
-      I q;
-      for (int x = 0; x < V::kLanes; ++x) q[x] = l + x < rows && dense[(l + x) * dense_sn + (j0 + j) * dense_sk] ? -1 : 0;
-      m = m & Mask<S>{q};
+    if (dense) m = m & by_lane(l, [&](int64_t r) { return dense[r * dense_sn + (j0 + j) * dense_sk]; });
+    if (intervals) {
+      const int32_t* a = intervals + j0 + j;
+      m = m & (in_rows({a[0], a[interval_step]}, l) | in_rows({a[2 * interval_step], a[3 * interval_step]}, l));
+    }
+    if (lower) m = m & by_lane(l, [&](int64_t r) { return lower[r] <= j0 + j; });
+    if (relation) m = m & by_lane(l, [&](int64_t r) { return relation[q_seg[r] * relation_sn + k_seg[j0 + j]]; });
+    if (map) {
+      const uint8_t* column = map + (j0 + j) / block_k;
+      m = m & by_lane(l, [&](int64_t r) { return column[(i0 + r) / block_q * map_sn]; });
     }
     return m;
   }
@@ -327,6 +351,24 @@ struct TileMask {
 // Smallest and largest id of every key tile and query block; a tile is hidden when the ranges do not meet.
 struct IdSpan {
   int32_t lo, hi;
+};
+
+// Of the two row intervals of the keys of a tile: rows that some key lists, and rows that every key lists.
+struct IntervalSpan {
+  pos::Range some[2] = {{INT32_MAX, INT32_MIN}, {INT32_MAX, INT32_MIN}};
+  pos::Range every[2] = {{INT32_MIN, INT32_MAX}, {INT32_MIN, INT32_MAX}};
+
+  void add(int which, int64_t a, int64_t b) {
+    pos::Range &s = some[which], &e = every[which];
+    if (a < b) s = {a < s.lo ? a : s.lo, b > s.hi ? b : s.hi};
+    e = {a > e.lo ? a : e.lo, b < e.hi ? b : e.hi};
+  }
+  bool misses(pos::Range rows) const {
+    return !(some[0].lo < rows.hi && rows.lo < some[0].hi) && !(some[1].lo < rows.hi && rows.lo < some[1].hi);
+  }
+  bool covers(pos::Range rows) const {
+    return (every[0].lo <= rows.lo && rows.hi <= every[0].hi) || (every[1].lo <= rows.lo && rows.hi <= every[1].hi);
+  }
 };
 
 enum class TileClass { hidden, full, partial };
@@ -341,6 +383,11 @@ struct Call {
   int64_t nq_blocks, nk_tiles, offset;  // offset = Nk - Nq
   pos::Band band;
   IdSpan *q_span = nullptr, *k_span = nullptr;  // (B, blocks), (B, tiles)
+  IntervalSpan* interval_span = nullptr;         // (B|1, tiles)
+  IdSpan* lower_span = nullptr;                  // (B|1, blocks)
+  // Sets of key segments, one bit each: those some row of a block sees, those every row sees, those a key tile has.
+  uint64_t *seg_some = nullptr, *seg_every = nullptr, *seg_has = nullptr;
+  int64_t seg_words = 0;
   bool same_bias_heads;                          // one expanded table serves all heads
   S *table = nullptr, *env = nullptr;            // (heads, span)
   S* omega = nullptr;                            // (heads, span)
@@ -361,6 +408,14 @@ struct Call {
     if (p.vis.k_ids) {
       q_span = c.take<IdSpan>(p.B * nq_blocks);
       k_span = c.take<IdSpan>(p.B * nk_tiles);
+    }
+    if (p.vis.intervals) interval_span = c.take<IntervalSpan>((p.vis.intervals_sb ? p.B : 1) * nk_tiles);
+    if (p.vis.lower) lower_span = c.take<IdSpan>((p.vis.lower_sb ? p.B : 1) * nq_blocks);
+    if (p.vis.relation) {
+      seg_words = tiles::ceil_div(p.vis.Sk, 64);
+      seg_some = c.take<uint64_t>((p.vis.q_seg_sb ? p.B : 1) * nq_blocks * seg_words);
+      seg_every = c.take<uint64_t>((p.vis.q_seg_sb ? p.B : 1) * nq_blocks * seg_words);
+      seg_has = c.take<uint64_t>((p.vis.k_seg_sb ? p.B : 1) * nk_tiles * seg_words);
     }
     if (int64_t n = table_heads()) {
       const int64_t len = table_span(p).len;
@@ -383,11 +438,53 @@ struct Call {
         const int32_t e = p.bias.index[pos::table_index(BiasForm::table, x + sp.lo, p.bias.index_len)];
         index[x] = e < p.bias.terms_len ? e : int32_t(p.bias.terms_len - 1);
       }
+    prepare_spans();
     if (!p.vis.k_ids) return;
     for (int64_t b = 0; b < p.B; ++b) {
       spans(p.vis.q_ids + b * p.vis.q_ids_sb, p.Nq, kBM, q_span + b * nq_blocks);
       spans(p.vis.k_ids + b * p.vis.k_ids_sb, p.Nk, kBN<E>, k_span + b * nk_tiles);
     }
+  }
+  void prepare_spans() {
+    const Visibility& v = p.vis;
+    if (v.intervals)
+      for (int64_t b = 0; b < (v.intervals_sb ? p.B : 1); ++b)
+        for (int64_t t = 0; t < nk_tiles; ++t) {
+          IntervalSpan s;
+          const int32_t* a = v.intervals + b * v.intervals_sb;
+          for (int64_t j = t * kBN<E>; j < p.Nk && j < (t + 1) * kBN<E>; ++j)
+            for (int w = 0; w < 2; ++w) s.add(w, a[2 * w * p.Nk + j], a[(2 * w + 1) * p.Nk + j]);
+          interval_span[b * nk_tiles + t] = s;
+        }
+    if (v.lower)
+      for (int64_t b = 0; b < (v.lower_sb ? p.B : 1); ++b) spans(v.lower + b * v.lower_sb, p.Nq, kBM, lower_span + b * nq_blocks);
+    if (!v.relation) return;
+    for (int64_t b = 0; b < (v.q_seg_sb ? p.B : 1); ++b)
+      for (int64_t qb = 0; qb < nq_blocks; ++qb) {
+        uint64_t *some = seg_some + (b * nq_blocks + qb) * seg_words, *every = seg_every + (b * nq_blocks + qb) * seg_words;
+        for (int64_t w = 0; w < seg_words; ++w) some[w] = 0, every[w] = ~uint64_t(0);
+        int32_t last = -1;
+        for (int64_t i = qb * kBM; i < p.Nq && i < (qb + 1) * kBM; ++i) {
+          const int32_t q = v.q_seg[b * v.q_seg_sb + i];
+          if (q == last) continue;
+          last = q;
+          for (int64_t w = 0; w < seg_words; ++w) {
+            uint64_t bits = 0;
+            for (int64_t x = 0; x < 64 && w * 64 + x < v.Sk; ++x) bits |= uint64_t(v.relation[q * v.Sk + w * 64 + x] != 0) << x;
+            some[w] |= bits;
+            every[w] &= bits;
+          }
+        }
+      }
+    for (int64_t b = 0; b < (v.k_seg_sb ? p.B : 1); ++b)
+      for (int64_t t = 0; t < nk_tiles; ++t) {
+        uint64_t* has = seg_has + (b * nk_tiles + t) * seg_words;
+        for (int64_t w = 0; w < seg_words; ++w) has[w] = 0;
+        for (int64_t j = t * kBN<E>; j < p.Nk && j < (t + 1) * kBN<E>; ++j) {
+          const int32_t k = v.k_seg[b * v.k_seg_sb + j];
+          has[k / 64] |= uint64_t(1) << (k % 64);
+        }
+      }
   }
   static void spans(const int32_t* id, int64_t n, int64_t block, IdSpan* out) {
     for (int64_t i0 = 0; i0 < n; i0 += block) {
@@ -436,7 +533,56 @@ struct Call {
       m.dense_sn = p.vis.mask_sn;
       m.dense_sk = p.vis.mask_sk;
     }
+    if (!beyond(b, h, qb, t, rows, js, je, m)) return TileClass::hidden;
     return m.partial() ? TileClass::partial : TileClass::full;
+  }
+
+  // Intervals, lower bounds, segments and block maps: whether some pair of the tile may be visible, and what m must test.
+  bool beyond(int64_t b, int64_t h, int64_t qb, int64_t t, int64_t rows, int64_t& js, int64_t je, TileMask<S>& m) const {
+    const Visibility& v = p.vis;
+    m.intervals = nullptr, m.lower = nullptr, m.relation = nullptr, m.map = nullptr;
+    const int64_t i0 = qb * kBM;
+    if (v.lower) {
+      const IdSpan s = lower_span[(v.lower_sb ? b * nq_blocks : 0) + qb];
+      const int64_t first = (s.lo - m.j0) / E::kPack * E::kPack;
+      if (first > js) js = first;
+      if (js >= je) return false;
+      if (m.split < js) m.split = js;
+      if (s.hi > m.j0 + js) m.lower = v.lower + b * v.lower_sb + i0;
+    }
+    if (v.intervals) {
+      const IntervalSpan& s = interval_span[(v.intervals_sb ? b * nk_tiles : 0) + t];
+      const pos::Range r{m.I0, m.I0 + rows};
+      if (s.misses(r)) return false;
+      if (!s.covers(r)) m.intervals = v.intervals + b * v.intervals_sb, m.interval_step = p.Nk;
+    }
+    if (v.relation) {
+      const uint64_t* some = seg_some + ((v.q_seg_sb ? b * nq_blocks : 0) + qb) * seg_words;
+      const uint64_t* every = seg_every + ((v.q_seg_sb ? b * nq_blocks : 0) + qb) * seg_words;
+      const uint64_t* has = seg_has + ((v.k_seg_sb ? b * nk_tiles : 0) + t) * seg_words;
+      bool any = false, all = true;
+      for (int64_t w = 0; w < seg_words; ++w) {
+        any |= (some[w] & has[w]) != 0;
+        all &= (has[w] & ~every[w]) == 0;
+      }
+      if (!any) return false;
+      if (!all) {
+        m.relation = v.relation, m.relation_sn = v.Sk;
+        m.q_seg = v.q_seg + b * v.q_seg_sb + i0, m.k_seg = v.k_seg + b * v.k_seg_sb;
+      }
+    }
+    if (v.map) {
+      const uint8_t* map = v.map + b * v.map_sb + h * v.map_sh;
+      bool any = false, all = true;
+      for (int64_t x = i0 / v.block_q; x <= (i0 + rows - 1) / v.block_q; ++x)
+        for (int64_t y = (m.j0 + js) / v.block_k; y <= (m.j0 + je - 1) / v.block_k; ++y) {
+          any |= map[x * v.map_sn + y] != 0;
+          all &= map[x * v.map_sn + y] != 0;
+        }
+      if (!any) return false;
+      if (!all) m.map = map, m.map_sn = v.map_sn, m.block_q = v.block_q, m.block_k = v.block_k, m.i0 = i0;
+    }
+    return true;
   }
 
   // Ids of the block's rows as lane bit patterns; lanes past the last row get an id no visible key has.
@@ -478,22 +624,42 @@ FASTPE_INLINE void walk_tiles(const Call<E>& c, int64_t qb, Fn&& f) {
 
 // ---- keys and values -----------------------------------------------------------------------------------------------------
 
+// The table of one region.
+template <class S>
+FASTPE_INLINE Rope region_rope(const Rope& r, int x) {
+  if (!r.sr) return r;
+  Rope y = r;
+  y.cos.p = static_cast<S*>(r.cos.p) + x * r.sr;
+  y.sin.p = static_cast<S*>(r.sin.p) + x * r.sr;
+  return y;
+}
+// The table that turns key j in copy x of the keys.
+template <class S>
+FASTPE_INLINE Rope key_rope(const AttnParams& p, int x, int64_t j) {
+  return region_rope<S>(p.k_rope, pos::region_by_key(p.region.kind) ? pos::region_of(p.region, 0, j) : x);
+}
+
 // Packed forms of one (batch, kv head). Which ones exist depends on the pass.
 template <class E>
 struct KVPack {
   using U = typename E::U;
   using S = typename E::S;
-  U* k_rows = nullptr;  // A: (Nk, D/kPack)          scores
-  U* v_rows = nullptr;  // A: (Nk, Dv/kPack)         dP
-  U* k_cols = nullptr;  // A: (tiles, D, BN/kPack)   dQ
-  U* v_cols = nullptr;  // A: (tiles, Dv, BN/kPack)  O
+  U* k_rows = nullptr;  // A: (copies, Nk, D/kPack)         scores
+  U* v_rows = nullptr;  // A: (Nk, Dv/kPack)                dP
+  U* k_cols = nullptr;  // A: (copies, tiles, D, BN/kPack)  dQ
+  U* v_cols = nullptr;  // A: (tiles, Dv, BN/kPack)         O
   S* k_norm = nullptr;  // (tiles) upper bound of |k_j| over the tile
+
+  // Rotated copies of the keys: one a region, unless all turn keys alike or the key alone decides.
+  static int copies(const AttnParams& p) { return p.k_rope.sr && !pos::region_by_key(p.region.kind) ? pos::region_count(p.region.kind) : 1; }
+  const U* rows_of(const AttnParams& p, int x) const { return k_rows + (copies(p) > 1 ? x : 0) * p.Nk * (p.D / E::kPack); }
+  const U* cols_of(const AttnParams& p, int x, int64_t nt) const { return k_cols + (copies(p) > 1 ? x : 0) * nt * p.D * (kBN<E> / E::kPack); }
 
   void carve(Carver& c, const AttnParams& p, int64_t nt, bool rows_v, bool cols_k, bool cols_v) {
     constexpr int64_t units = kBN<E> / E::kPack;
-    k_rows = c.take<U>(p.Nk * (p.D / E::kPack));
+    k_rows = c.take<U>(copies(p) * p.Nk * (p.D / E::kPack));
     if (rows_v) v_rows = c.take<U>(p.Nk * (p.Dv / E::kPack));
-    if (cols_k) k_cols = c.take<U>(nt * p.D * units);
+    if (cols_k) k_cols = c.take<U>(copies(p) * nt * p.D * units);
     if (cols_v) v_cols = c.take<U>(nt * p.Dv * units);
     k_norm = c.take<S>(nt);
   }
@@ -504,18 +670,21 @@ struct KVPack {
     const int64_t j0 = t * kBN<E>, n = p.Nk - j0 < kBN<E> ? p.Nk - j0 : kBN<E>;
     S biggest = 0;
     bool nan = false;
-    for (int64_t j = 0; j < n; ++j) {
-      S* row = rows + j * p.D;
-      load_row(row, p.k, p.dtype, b, hk, j0 + j, p.D);
-      if (p.k_rope.cos) rotate_row(row, p.k_rope, p.rope_pairs, p.rope_layout, false, b, hk, j0 + j);
-      const S q = norm2(row, p.D);
-      if (q > biggest) biggest = q;
-      nan |= q != q;
-      pack_row<E>(k_rows + (j0 + j) * (p.D / E::kPack), row, p.D);
+    for (int x = copies(p) - 1; x >= 0; --x) {
+      U* packed = k_rows + x * p.Nk * (p.D / E::kPack);
+      for (int64_t j = 0; j < n; ++j) {
+        S* row = rows + j * p.D;
+        load_row(row, p.k, p.dtype, b, hk, j0 + j, p.D);
+        if (p.k_rope.cos) rotate_row(row, key_rope<S>(p, x, j0 + j), p.rope_pairs, p.rope_layout, false, b, hk, j0 + j);
+        const S q = norm2(row, p.D);
+        if (q > biggest) biggest = q;
+        nan |= q != q;
+        pack_row<E>(packed + (j0 + j) * (p.D / E::kPack), row, p.D);
+      }
+      if (k_cols) pack_columns<E>(k_cols + (x * tiles::ceil_div(p.Nk, kBN<E>) + t) * p.D * units, units, rows, p.D, n, units, p.D, tmp);
     }
     // Rounding of operands to bf16 moves a norm by less than 2^-8.
     k_norm[t] = nan ? kInf<S> : S(__builtin_sqrt(double(biggest))) * S(E::kPack == 2 ? 1.01 : 1.0001);
-    if (k_cols) pack_columns<E>(k_cols + t * p.D * units, units, rows, p.D, n, units, p.D, tmp);
     for (int64_t j = 0; j < n; ++j) {
       S* row = rows + j * p.Dv;
       load_row(row, p.v, p.dtype, b, hk, j0 + j, p.Dv);
@@ -524,6 +693,47 @@ struct KVPack {
     if (v_cols) pack_columns<E>(v_cols + t * p.Dv * units, units, rows, p.Dv, n, units, p.Dv, tmp);
   }
 };
+
+// Products K Qt of keys [js, je) of the tile at j0 with lanes rows from I0 on; keys from jm on leave out the first half of
+// the lanes. With regions (qt holds one turned copy of the queries after the other, q_step apart) there is one product a
+// region on the keys it has, and where regions overlap in the tile the second is put over the first by lane.
+template <class E>
+FASTPE_INLINE void tile_scores(const AttnParams& p, const KVPack<E>& kv, const typename E::U* qt, int64_t q_step, const TileMask<typename E::S>& rows, int64_t js, int64_t jm, int64_t je, int64_t lanes, typename E::S* s, int64_t pitch, typename E::S* other) {
+  using S = typename E::S;
+  using V = Vec<S>;
+  constexpr int64_t half = kBM / 2;
+  const int64_t ku = p.D / E::kPack, j0 = rows.j0, I0 = rows.I0;
+  const auto product = [&](int x, S* y, int64_t a, int64_t e) {
+    const typename E::U *k = kv.rows_of(p, x) + j0 * ku, *q = qt + x * q_step;
+    const int64_t m = jm < a ? a : jm < e ? jm : e;
+    gemm<E, false>(k + a * ku, ku, q, kBM, y + a * pitch, pitch, m - a, lanes, ku);
+    if (m < e) gemm<E, false>(k + m * ku, ku, q + half, kBM, y + m * pitch + half, pitch, e - m, lanes - half, ku);
+  };
+  if (p.region.kind == RegionKind::none) return product(0, s, js, je);
+  int64_t lo = 0, hi = 0;  // keys that have scores
+  for (int x = 0; x < pos::region_count(p.region.kind); ++x) {
+    const pos::Range r = pos::keys_of_region(p.region, x, I0, I0 + lanes, j0 + js, j0 + je);
+    if (r.lo == r.hi) continue;
+    const int64_t a = r.lo - j0, e = r.hi - j0;
+    if (lo == hi) {
+      product(x, s, lo = a, hi = e);
+      continue;
+    }
+    if (a < lo) product(x, s, a, e < lo ? e : lo);
+    if (e > hi) product(x, s, a > hi ? a : hi, e);
+    const int64_t both = a > lo ? a : lo, end = e < hi ? e : hi;
+    if (both < end) {
+      product(x, other, both, end);
+      for (int64_t j = both; j < end; ++j) {
+        const pos::Range own = pos::rows_of_region(p.region, x, j0 + j);
+        for (int64_t l = j >= jm ? half : 0; l < lanes; l += V::kLanes)
+          select(rows.in_rows(own, l), V::load(other + j * pitch + l), V::load(s + j * pitch + l)).store(s + j * pitch + l);
+      }
+    }
+    lo = a < lo ? a : lo;
+    hi = e > hi ? e : hi;
+  }
+}
 
 // How many kv heads to pack at a time: as many as fit a budget, at least one per worker.
 inline int64_t wave_heads(int64_t bytes_each, int64_t total, int threads, int64_t budget) {

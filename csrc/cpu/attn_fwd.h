@@ -25,7 +25,7 @@ template <class E>
 struct FwdScratch {
   using S = typename E::S;
   using U = typename E::U;
-  S *rows, *s, *o, *terms;
+  S *rows, *s, *o, *terms, *other;
   U *tmp, *qt, *pt;
   TileBias<S>* bias;
   BlockBias<S>* block;
@@ -39,7 +39,8 @@ struct FwdScratch {
     s = c.take<S>(kBN<E> * kBM);
     o = c.take<S>(p.Dv * kBM);
     terms = pos::is_composed(p) ? c.take<S>(Terms<E>::kScratch) : nullptr;
-    qt = c.take<U>(p.D / E::kPack * kBM);
+    other = p.region.kind == RegionKind::none ? nullptr : c.take<S>(kBN<E> * kBM);
+    qt = c.take<U>(pos::region_count(p.region.kind) * (p.D / E::kPack * kBM));
     pt = E::kPack == 1 ? nullptr : c.take<U>(kBN<E> / E::kPack * kBM);
     bias = c.take<TileBias<S>>(1);
     block = c.take<BlockBias<S>>(1);
@@ -154,6 +155,8 @@ struct Forward {
     return w;
   }
 
+  int64_t q_step() const { return p.D / E::kPack * kBM; }
+
   void run() {
     FwdScratch<E> probe;
     Carver pc{nullptr};
@@ -213,21 +216,26 @@ struct Forward {
     const double skip = skip_log2(p);
 
     const S* rho = at<S>(p.row_scale, b, h);
-    for (int64_t r = 0; r < rows; ++r) {
-      S* row = w.rows + r * p.D;
-      load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
-      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
-      const S f = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1));
-      w.scale->c[r] = f * S(kLog2e);
-      w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001);
+    for (int64_t r = 0; r < lanes; ++r) w.scale->c[r] = 0, w.scale->qn[r] = 0;
+    for (int x = 0; x < pos::region_count(p.region.kind); ++x) {
+      const Rope turn = region_rope<S>(p.q_rope, x);
+      for (int64_t r = 0; r < rows; ++r) {
+        S* row = w.rows + r * p.D;
+        load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
+        if (turn.cos) rotate_row(row, turn, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+        const S f = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1));
+        const S norm = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001);
+        w.scale->c[r] = f * S(kLog2e);
+        w.scale->qn[r] = x && !(norm > w.scale->qn[r]) ? w.scale->qn[r] : norm;
+      }
+      pack_transposed<E>(w.qt + x * q_step(), kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
     }
-    for (int64_t r = rows; r < lanes; ++r) w.scale->c[r] = 0, w.scale->qn[r] = 0;
-    pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
 
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
     w.block->init(hb, i0, rows, I0);
     const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms};
+    if (w.terms) terms.start();
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < lanes; ++l) {
       w.m[l] = -kInf<S>;
@@ -289,11 +297,9 @@ struct Forward {
   }
 
   void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, int64_t units, bool first, bool exact) {
-    const int64_t ku = p.D / E::kPack;
     constexpr int64_t half = kBM / 2;
     const int64_t jm = lanes > half ? mask.split : je;
-    gemm<E, false>(kv.k_rows + (j0 + js) * ku, ku, w.qt, kBM, w.s + js * kBM, kBM, jm - js, lanes, ku);
-    if (jm < je) gemm<E, false>(kv.k_rows + (j0 + jm) * ku, ku, w.qt + half, kBM, w.s + jm * kBM + half, kBM, je - jm, lanes - half, ku);
+    tile_scores(p, kv, w.qt, q_step(), mask, js, jm, je, lanes, w.s, kBM, w.other);
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
     if (w.terms) {

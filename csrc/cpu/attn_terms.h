@@ -36,6 +36,7 @@ struct TermGrad {
   S* mapped = nullptr;       // table_len
   S* cols = nullptr;         // (Nk, R)
   S* key = nullptr;          // Nk: a dense bias that all queries share
+  S *factor = nullptr, *pairs = nullptr;  // (Sq, Sk)
   // Written by the one task that owns the block of queries.
   S* rows = nullptr;         // (Nq, R)
   S* dense = nullptr;        // (Nq, Nk)
@@ -50,7 +51,7 @@ struct Terms {
   static constexpr int L = V::kLanes;
   static constexpr int64_t kKeys = 32;  // keys of a pass
   static constexpr int64_t kSub = 16;   // keys whose piece is looked for together
-  static constexpr int64_t kScratch = 2 * kKeys * kBM;
+  static constexpr int64_t kScratch = 2 * kKeys * kBM + kBM;
 
   const Call<E>& call;
   const HeadBias<S>& hb;
@@ -59,6 +60,49 @@ struct Terms {
   S* buf;  // kScratch
 
   const AttnParams& p() const { return call.p; }
+
+  // ---- segments -----------------------------------------------------------------------------------------------------
+
+  S* q_seg() const { return buf + 2 * kKeys * kBM; }  // by lane, as a number
+  const int32_t* k_seg() const { return p().bias.k_seg + b * p().bias.k_seg_sb; }
+
+  // Once a block of queries.
+  void start() const {
+    const Bias& bias = p().bias;
+    for (int64_t l = 0; bias.q_seg && l < kBM; ++l) q_seg()[l] = l < rows ? S(bias.q_seg[b * bias.q_seg_sb + i0 + l]) : S(0);
+  }
+
+  // f(first key, end, first lane, entries of the table for the vector's rows) for runs of keys of one segment.
+  template <class Fn>
+  void by_segment(const Aux& table, int64_t j0, int64_t c0, int64_t c1, Fn&& f) const {
+    const int32_t* k = k_seg() + j0;
+    const S* t = at<S>(table, b, h);
+    for (int64_t a = c0, e; a < c1; a = e) {
+      for (e = a + 1; e < c1 && k[e] == k[a];) ++e;
+      for (int64_t l = 0; l < lanes; l += L) f(a, e, l, gather(t, fma(V::load(q_seg() + l), V(S(table.sn)), V(S(k[a])))));
+    }
+  }
+
+  // sums[segment of the row][segment of the key] += x of keys [c0, c1); x(j, l) is a vector of rows.
+  template <class Fn>
+  void sum_pairs(S* sums, int64_t j0, int64_t c0, int64_t c1, Fn&& x) const {
+    const Bias& bias = p().bias;
+    const int32_t *k = k_seg() + j0, *q = bias.q_seg + b * bias.q_seg_sb + i0;
+    for (int64_t a = c0, e; a < c1; a = e) {
+      for (e = a + 1; e < c1 && k[e] == k[a];) ++e;
+      for (int64_t l = 0; l < lanes; l += L) {
+        V acc(S(0));
+        for (int64_t j = a; j < e; ++j) acc = acc + x(j, l);
+        for (int y = 0; y < L && l + y < rows; ++y) sums[q[l + y] * bias.Sk + k[a]] += acc.v[y];
+      }
+    }
+  }
+
+  void multiply_factor(S* s, int64_t P, int64_t j0, int64_t c0, int64_t c1) const {
+    by_segment(p().bias.factor, j0, c0, c1, [&](int64_t a, int64_t e, int64_t l, V f) {
+      for (int64_t j = a; j < e; ++j) (V::load(s + j * P + l) * f).store(s + j * P + l);
+    });
+  }
 
   // Products s of keys [c0, c1) of the tile at j0 become scores in log2 units. cap: the softcap's slope; may be null.
   void compose(const TileBias<S>& tb, const S* c, S* s, int64_t P, S* cap, int64_t j0, int64_t c0, int64_t c1) const {
@@ -70,7 +114,12 @@ struct Terms {
         if (om) x = x * V::load(om + (I0 - j0) + l - j);
         x.store(s + j * P + l);
       }
+    if (bias.factor) multiply_factor(s, P, j0, c0, c1);
     if (p().softcap > 0 && !p().softcap_bias) soften(s, P, cap, c0, c1);
+    if (bias.pairs)
+      by_segment(bias.pairs, j0, c0, c1, [&](int64_t a, int64_t e, int64_t l, V f) {
+        for (int64_t j = a; j < e; ++j) fma(f, V(S(kLog2e)), V::load(s + j * P + l)).store(s + j * P + l);
+      });
     if (bias.form == BiasForm::fire) add_pieces(tb, s, P, c0, c1);
     if (hb.mapped && pos::is_table(bias.form)) add_mapped(tb, s, P, c0, c1);
     if (bias.index) add_indexed(s, P, j0, c0, c1);

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   return {out, lse, residual};
 }
 
-using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Grads attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
     int64_t needs) {
@@ -51,6 +51,7 @@ Grads attn_bwd(
   check(op, cuda::supported(p.dtype), "the kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()));
   check(op, !(needs & ~cuda::kSupportedNeeds), "these kernels have no gradient of a bias table");
   check(op, !pos::has_terms(p.bias) && !p.softcap_bias, "the CUDA kernels do not have this bias yet; bias_form is ", a.bias_form);
+  check(op, !beyond_bands(p), "the CUDA kernels do not have regions, intervals, segments or block maps yet");
   const Call c{op, q};
   const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
   // Copies live until the kernels have run.
@@ -87,7 +88,7 @@ Grads attn_bwd(
   const int rc = cuda::attn_bwd(b, base, nullptr);
   check(op, rc == 0, "a kernel could not be started (error ", rc, ")");
   const auto absent = [&] { return none(q, aux); };
-  return {dq, dk, dv, dparams, dgamma, du, dw, absent(), drow_scale, absent(), absent(), absent(), absent(), absent()};
+  return {dq, dk, dv, dparams, dgamma, du, dw, absent(), drow_scale, absent(), absent(), absent(), absent(), absent(), absent(), absent()};
 }
 
 Tensor rotate(Tensor x, Tensor table, int64_t layout, bool inverse) {
@@ -167,7 +168,7 @@ STABLE_TORCH_LIBRARY(fastpe_emu, m) {
   m.def(
       "attn_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? residual, " FASTPE_ATTN_ARGS
       ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dparams, Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, "
-      "Tensor drow_scale, Tensor dpieces, Tensor domega, Tensor drows, Tensor dcols, Tensor ddense)");
+      "Tensor drow_scale, Tensor dpieces, Tensor domega, Tensor drows, Tensor dcols, Tensor ddense, Tensor dfactor, Tensor dpairs)");
   m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");
   m.def("rotate_(Tensor(a!) x, Tensor table, int layout, bool inverse) -> ()");

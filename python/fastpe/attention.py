@@ -7,12 +7,13 @@ import dataclasses
 import torch
 
 from . import _check, config
-from ._call import Call, OpBias, OpMask
+from ._call import Call, OpBias, OpMask, RegionPlan
 from ._cope import Contextual
 from ._rope import Rope
 from .bias import FORMS, Bias
 from .mask import Mask, causal
 from .ops import aux_dtype
+from .region import Region
 
 Tensor = torch.Tensor
 
@@ -28,7 +29,7 @@ def attention(
     rope: Rope | None = None,
     bias: Bias | None = None,
     mask: Mask | None = None,
-    region: None = None,
+    region: Region | None = None,
     positions: Tensor | None = None,
     key_positions: Tensor | None = None,
     scale: float | None = None,
@@ -63,7 +64,7 @@ def attention(
         rope: rotary embedding of query and key (`fastpe.rope`).
         bias: additive bias (`fastpe.bias`), not scaled by `scale`. Biases add up with `+`.
         mask: visibility (`fastpe.mask`).
-        region: must be None.
+        region: sets of positions for near and far keys (`fastpe.region`); needs a rope, whose angles it chooses.
         positions: positions for `rope`: of the queries, and of the keys too when key_positions is absent and Nq = Nk.
             (N,) or (B, N); see `Rope.tables`. Default: queries are the last Nq of positions 0..Nk-1. Biases carry their own.
         key_positions: positions of the keys.
@@ -108,13 +109,26 @@ def attention(
     causal_only = mask is not None and mask.is_causal
     call = Call(B, H, Nq, Nk, causal_only, aux_dtype(query.dtype), query.device)
 
-    q_rope, k_rope, layout = _rotation(call, rope, positions, key_positions, D, key.shape[1])
+    plan = None if region is None else _plan(call, region, rope, bias, positions, key_positions)
+    if plan is None:
+        q_rope, k_rope, layout = _rotation(call, rope, positions, key_positions, D, key.shape[1])
+    else:
+        q_rope, k_rope, layout = _region_rotation(call, rope, region, plan, D, key.shape[1])
+        scale *= plan.amplitude
+        if plan.row_factor is not None:
+            row_scale = plan.row_factor if row_scale is None else row_scale * plan.row_factor.to(row_scale.dtype)
     if rope is not None and torch.is_grad_enabled() and (q_rope.requires_grad or k_rope.requires_grad):
         # Learned angles need the gradient of the rotated tensors, which the attention kernels never hold.
+        if plan is not None:
+            raise NotImplementedError(f"{_WHERE}: region does not go with a rope or positions that require grad; detach them")
         query, key = torch.ops.fastpe.rotate_pair(query, key, q_rope, k_rope, layout, False)
         q_rope = k_rope = None
     seen = Mask().op_args(call) if mask is None else mask.op_args(call)
     if isinstance(bias, Contextual):
+        if not seen.banded:
+            raise NotImplementedError(
+                f"{_WHERE}: mask intervals, segments and block lists do not go with bias {type(bias).__name__}; use fastpe.mask.dense"
+            )
         others = {"head_scale": head_scale, "row_scale": row_scale, "softcap": softcap or None, "temperature": temperature}
         out, lse = _contextual(call, query, key, value, bias, (q_rope, k_rope, layout), seen, scale, sink, others)
         return (out, lse) if return_lse else out
@@ -127,7 +141,7 @@ def attention(
         sink = _sink(call, sink)
 
     # In 16 bits, gradients of parameters need what rounding took from out (csrc/core/params.h: residual).
-    learned = (b.params, b.gamma, b.u, b.w, b.table, b.pieces, b.omega, b.rows, b.cols, b.dense, rho, sink)
+    learned = (b.params, b.gamma, b.u, b.w, b.table, b.pieces, b.omega, b.rows, b.cols, b.dense, b.factor, b.pairs, rho, sink)
     keep_residual = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
 
     out, lse, _ = torch.ops.fastpe.attn_fwd(
@@ -135,7 +149,10 @@ def attention(
         b.form, b.params, b.gamma, b.u, b.w, b.base, b.table,
         seen.left, seen.right, seen.sinks, seen.q_ids, seen.k_ids, seen.mask,
         rho, sink, scale, softcap, softcap_mul, config.skip_bound_for(query.dtype),
-        b.pieces, b.omega, b.rows, b.cols, b.index, b.dense, softcap_includes_bias, keep_residual,
+        b.pieces, b.omega, b.rows, b.cols, b.index, b.dense, softcap_includes_bias,
+        b.factor, b.pairs, b.q_seg, b.k_seg,
+        seen.intervals, seen.lower, seen.q_seg, seen.k_seg, seen.relation, seen.block_map, seen.block_q, seen.block_k,
+        0 if plan is None else plan.kind, 1 if plan is None else plan.size, keep_residual,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -168,12 +185,11 @@ def _contextual(call: Call, query, key, value, bias: Contextual, rotation, seen:
 
 
 def _check_kinds(rope, bias, mask, region, is_causal, return_lse, softcap_includes_bias) -> None:
-    if region is not None:
-        raise NotImplementedError(f"{_WHERE}: region is not supported, got {type(region).__name__}")
     for what, x, kind, how in (
         ("rope", rope, Rope, "a fastpe.rope object"),
         ("bias", bias, Bias, "a fastpe.bias object (fastpe.bias.Dense wraps a tensor)"),
         ("mask", mask, Mask, "a fastpe.mask object (fastpe.mask.dense wraps a bool tensor)"),
+        ("region", region, Region, "a fastpe.region object"),
         ("is_causal", is_causal, bool, "a bool"),
         ("return_lse", return_lse, bool, "a bool"),
         ("softcap_includes_bias", softcap_includes_bias, bool, "a bool"),
@@ -243,6 +259,38 @@ def _rotation(call: Call, rope: Rope | None, positions, key_positions, D: int, H
     return *tables, _LAYOUTS[rope.layout]
 
 
+def _plan(call: Call, region: Region, rope, bias, positions, key_positions) -> RegionPlan:
+    if rope is None:
+        raise ValueError(f"{_WHERE}: region chooses positions for rope, which is None")
+    for what, x in (("positions", positions), ("key_positions", key_positions)):
+        if x is not None:
+            raise ValueError(f"{_WHERE}: {what} and region both say where tokens are; give one of them")
+    if isinstance(bias, Contextual):
+        raise NotImplementedError(f"{_WHERE}: region does not go with bias {type(bias).__name__}")
+    return region.plan(call)
+
+
+def _region_rotation(call: Call, rope: Rope, region: Region, plan: RegionPlan, D: int, Hk: int):
+    """q tables of all regions one after the other, k tables (one or one a region), layout id."""
+    if rope.rotary_dim > D:
+        raise ValueError(f"{_WHERE}: rope turns {rope.rotary_dim} channels, query has {D}")
+    rope = region.fit(rope, call)
+
+    def tables(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return rope.tables(query, key, call.Nq, call.Nk, call.B, call.H, Hk, out_dtype=call.dtype, device=call.device)
+
+    keys = plan.key * len(plan.query) if len(plan.key) == 1 else plan.key
+    both = [tables(q, k) for q, k in zip(plan.query, keys, strict=True)]
+    q_rope = _one_after_the_other([q for q, _ in both])
+    k_rope = both[0][1] if len(plan.key) == 1 else _one_after_the_other([k for _, k in both])
+    return q_rope, k_rope, _LAYOUTS[rope.layout]
+
+
+def _one_after_the_other(tables: list[Tensor]) -> Tensor:
+    """(2, B|1, H|1, N, J) each -> (2 R, B|1, H|1, N, J)."""
+    return torch.cat(torch.broadcast_tensors(*tables))
+
+
 def _row_scale(call: Call, head_scale, row_scale, scale: float) -> tuple[Tensor | None, float]:
     """head_scale * row_scale as one (B|1, H|1, Nq|1) tensor, or None; a plain number joins `scale`."""
     rho = None
@@ -293,7 +341,7 @@ def _divided(call: Call, b: OpBias, inverse: Tensor | float) -> OpBias:
     """Every additive part of a bias times `inverse`, a number or (1, H, 1)."""
     per_head = inverse[0] if isinstance(inverse, Tensor) else inverse
     each = inverse[..., None] if isinstance(inverse, Tensor) else inverse
-    parts = {what: getattr(b, what) * each for what in ("rows", "cols", "dense") if getattr(b, what) is not None}
+    parts = {what: getattr(b, what) * each for what in ("rows", "cols", "dense", "pairs") if getattr(b, what) is not None}
     if b.pieces is not None:
         start, slope, intercept = b.pieces
         parts["pieces"] = torch.stack(torch.broadcast_tensors(start, slope * per_head, intercept * per_head))

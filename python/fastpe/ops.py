@@ -27,6 +27,8 @@ NEEDS = {
     "bias_rows": 2048,
     "bias_cols": 4096,
     "bias_dense": 8192,
+    "bias_factor": 16384,
+    "bias_pairs": 32768,
 }
 
 # attn_fwd's arguments, in order.
@@ -35,10 +37,13 @@ _ARGS = (
     "bias_form", "bias_params", "bias_gamma", "bias_u", "bias_w", "bias_base", "bias_table",
     "left", "right", "sinks", "q_ids", "k_ids", "mask",
     "row_scale", "sink", "scale", "softcap", "softcap_mul", "skip_eps",
-    "bias_pieces", "bias_omega", "bias_rows", "bias_cols", "bias_index", "bias_dense", "softcap_bias", "keep_residual",
+    "bias_pieces", "bias_omega", "bias_rows", "bias_cols", "bias_index", "bias_dense", "softcap_bias",
+    "bias_factor", "bias_pairs", "bias_q_seg", "bias_k_seg", "intervals", "lower", "q_seg", "k_seg", "relation",
+    "block_map", "block_q", "block_k", "region_kind", "region_size", "keep_residual",
 )  # fmt: skip
 _PLAIN = (
-    "rope_layout", "bias_form", "left", "right", "sinks", "scale", "softcap", "softcap_mul", "skip_eps", "softcap_bias", "keep_residual",
+    "rope_layout", "bias_form", "left", "right", "sinks", "scale", "softcap", "softcap_mul", "skip_eps", "softcap_bias", "block_q", "block_k",
+    "region_kind", "region_size", "keep_residual",
 )  # fmt: skip
 
 
