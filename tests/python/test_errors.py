@@ -74,7 +74,7 @@ TABLE = [
     (call(rope="rope"), TypeError, ATT + "rope must be a fastpe.rope object, got str"),
     (call(bias=t(N, N)), TypeError, ATT + "bias must be a fastpe.bias object (fastpe.bias.Dense wraps a tensor), got Tensor"),
     (call(mask=torch.ones(N, N, dtype=torch.bool)), TypeError, ATT + "mask must be a fastpe.mask object (fastpe.mask.dense wraps a bool tensor), got Tensor"),
-    (call(region=object()), TypeError, ATT + "region is not supported, got object"),
+    (call(region=object()), TypeError, ATT + "region must be a fastpe.region object, got object"),
     (call(is_causal=1), TypeError, ATT + "is_causal must be a bool, got int"),
     (call(return_lse="yes"), TypeError, ATT + "return_lse must be a bool, got str"),
     (call(positions=torch.arange(N)), ValueError, ATT + "positions are for rope, which is None; a bias takes its own positions"),
