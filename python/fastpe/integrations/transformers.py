@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -25,15 +26,21 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..attention import attention
 from ..bias import Bias, Dense
-from ._hf_mask import mask_function, visibility
+from . import _hf_families as families
+from ._hf_families import PositionBias
+from ._hf_mask import Visibility, mask_function, visibility
+from ._hf_patch import is_replaced, replace, restore, with_globals
 
 Tensor = torch.Tensor
 
-__all__ = ["NAME", "attention_forward", "count_calls", "register"]
+__all__ = ["NAME", "Calls", "attention_forward", "count_calls", "patch", "register", "unpatch"]
 
 NAME = "fastpe"
 
 _WHERE = "fastpe.integrations.transformers"
+
+# The implementation of models whose own attention is replaced: no attention function goes with it.
+_PATCHED = "fastpe_patched"
 
 _counters: list[Counter] = []
 
@@ -50,6 +57,7 @@ def register() -> None:
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, _guarded_mask_function)
+    AttentionMaskInterface.register(_PATCHED, mask_function)
 
 
 def attention_forward(
@@ -104,7 +112,7 @@ def attention_forward(
         key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
     bias = seen.bias
     if position_bias is not None:
-        bias = _add(bias, _position_bias(position_bias, seen.keys))
+        bias = _add(bias, _position_bias(position_bias, seen, query.shape[2]))
     out = attention(
         _steps_of_8(query), _steps_of_8(key), _steps_of_8(value),
         bias=bias, mask=seen.mask, scale=scaling, softcap=softcap, sink=s_aux,
@@ -143,8 +151,8 @@ def _steps_of_8(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-def _position_bias(x: Tensor, keys: int) -> Dense:
-    return Dense(x[..., :keys])
+def _position_bias(x: Tensor | PositionBias, seen: Visibility, rows: int) -> Bias | None:
+    return x.of(seen.offset, rows, seen.keys) if isinstance(x, PositionBias) else Dense(x[..., : seen.keys])
 
 
 def _add(a: Bias | None, b: Bias | None) -> Bias | None:
@@ -174,6 +182,92 @@ def _guarded_mask_function(*args, config=None, **kwargs) -> Tensor | None:
     return mask_function(*args, config=config, **kwargs)
 
 
+def patch(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Moves a model's attention to fastpe, in place, and returns it.
+
+    Models that look implementations up get "fastpe". MPT, Bloom, Falcon, GPT-J and CodeGen do not: their attention modules are
+    given new methods. The T5 family keeps its bucket table instead of making the dense (1, H, Nq, Nk) bias of it. Other models
+    of the process, and what `save_pretrained` writes, stay as they are.
+
+    Args:
+        model: a transformers model.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: a model that is patched already.
+        NotImplementedError: a model that neither asks for an implementation nor is one of the five; the message names its class.
+
+    >>> import fastpe.integrations.transformers as hf, transformers
+    >>> config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2)
+    >>> model = hf.patch(transformers.BloomForCausalLM(config).eval())
+    >>> with hf.count_calls(model) as calls:
+    ...     out = model(torch.arange(7)[None])
+    >>> calls.by_class
+    {'BloomAttention': 2}
+    >>> hf.unpatch(model).config._attn_implementation
+    'eager'
+    """
+    where = f"{_WHERE}.patch"
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(f"{where}: model must be a transformers model, got {type(model).__name__}")
+    if is_replaced(model):
+        raise ValueError(f"{where}: {type(model).__name__} is patched already; call {_WHERE}.unpatch first")
+    register()
+    own = [m for m in model.modules() if type(m).__name__ in families.FORWARDS]
+    if not own and not _asks(model.config):
+        raise NotImplementedError(
+            f"{where}: {type(model).__name__} does not ask for an attention implementation, and fastpe has none for its attention"
+        )
+    replace(model, "_fastpe_before", model.config._attn_implementation)
+    for module in model.modules():
+        name = type(module).__name__
+        if name in families.FORWARDS:
+            method, make = families.FORWARDS[name]
+            new = make(attention_forward)
+            if name == "FalconAttention":
+                new = with_globals(new, **_rotation_of(module))
+            replace(module, method, new)
+        elif name in families.MASKS:
+            forward = type(module).forward
+            create = inspect.unwrap(forward).__globals__["create_causal_mask"]
+            replace(module, "forward", with_globals(forward, create_causal_mask=families.MASKS[name](create)))
+        elif name in families.TABLES:
+            table = hasattr(module, "relative_attention_bias")
+            replace(module, "compute_bias", families.compute_bias if table else families.compute_no_bias)
+            # Without a table the module would make zeros of the size of the scores.
+            replace(module, "has_relative_attention_bias", True)
+    _set_implementation(model, _PATCHED if own else NAME, bool(own))
+    return model
+
+
+def unpatch(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Undoes `patch`, in place, and returns the model.
+
+    Raises:
+        ValueError: a model that is not patched.
+    """
+    if not is_replaced(model):
+        raise ValueError(f"{_WHERE}.unpatch: {type(model).__name__} is not patched")
+    before = model._fastpe_before
+    own = model.config._attn_implementation == _PATCHED
+    for module in model.modules():
+        restore(module)
+    _set_implementation(model, before, own)
+    return model
+
+
+def _set_implementation(model: transformers.PreTrainedModel, name: str, own: bool) -> None:
+    if own:
+        model.config._attn_implementation = name
+    else:
+        model.set_attn_implementation(name)
+
+
+def _rotation_of(module: torch.nn.Module) -> dict:
+    """apply_rotary_pos_emb as the module's own file has it."""
+    return {"apply_rotary_pos_emb": sys.modules[type(module).__module__].apply_rotary_pos_emb}
+
+
 @dataclasses.dataclass
 class Calls:
     """How often the attention modules of a model came here, filled in when a `count_calls` block ends.
@@ -189,6 +283,12 @@ class Calls:
     @property
     def total(self) -> int:
         return sum(self.by_class.values())
+
+
+def _attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules named Attention that hold no other."""
+    named = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    return [m for m in named if not any(child in named for child in list(m.modules())[1:])]
 
 
 @contextlib.contextmanager
@@ -220,9 +320,7 @@ def count_calls(model: torch.nn.Module) -> Iterator[Calls]:
         for module, n in counter.items():
             classes[type(module).__name__] += n
         calls.by_class = dict(classes)
-        calls.ignored = sorted(
-            {type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Attention")} - set(calls.by_class)
-        )
+        calls.ignored = sorted({type(m).__name__ for m in _attentions(model)} - set(calls.by_class))
     if not calls.total:
         raise RuntimeError(
             f"{_WHERE}: {type(model).__name__} made no call to fastpe: its attention ({', '.join(calls.ignored) or 'none found'}) "
