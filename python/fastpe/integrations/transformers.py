@@ -2,8 +2,7 @@
 
 `register` makes the name "fastpe" known to transformers; a model picks it with ``attn_implementation="fastpe"`` or
 ``model.set_attn_implementation("fastpe")``. `patch` does that and more for one model: attention of the families that never
-ask for an implementation, T5's table in place of its dense bias, rotation inside the attention call, other frequencies and
-regions of positions. docs/transformers.md shows their use.
+ask for an implementation, and T5's table in place of its dense bias.
 """
 
 from __future__ import annotations
