@@ -633,6 +633,17 @@ FASTPE_INLINE Rope region_rope(const Rope& r, int x) {
   y.sin.p = static_cast<S*>(r.sin.p) + x * r.sr;
   return y;
 }
+// Whether rows from I0 on may see a key in region x.
+template <class E>
+FASTPE_INLINE bool reaches(const Call<E>& c, int x, int64_t I0, int64_t lanes) {
+  const AttnParams& p = c.p;
+  if (p.region.kind == RegionKind::none) return true;
+  pos::Range w = pos::window_of_rows(c.band, I0, I0 + lanes, p.Nk);
+  // A tile starts at a whole operand unit.
+  w.lo = c.band.left > 0 && c.band.sinks > 0 ? 0 : w.lo / E::kPack * E::kPack;
+  const pos::Range r = pos::keys_of_region(p.region, x, I0, I0 + lanes, w.lo, w.hi);
+  return r.lo < r.hi;
+}
 // The table that turns key j in copy x of the keys.
 template <class S>
 FASTPE_INLINE Rope key_rope(const AttnParams& p, int x, int64_t j) {

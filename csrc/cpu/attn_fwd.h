@@ -216,18 +216,22 @@ struct Forward {
     const double skip = skip_log2(p);
 
     const S* rho = at<S>(p.row_scale, b, h);
-    for (int64_t r = 0; r < lanes; ++r) w.scale->c[r] = 0, w.scale->qn[r] = 0;
+    for (int64_t r = 0; r < rows; ++r) w.scale->c[r] = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1)) * S(kLog2e);
+    for (int64_t r = 0; r < lanes; ++r) {
+      if (r >= rows) w.scale->c[r] = 0;
+      w.scale->qn[r] = 0;
+    }
+    bool measured = false;  // turning keeps a row's length, and all regions share their amplitude
     for (int x = 0; x < pos::region_count(p.region.kind); ++x) {
+      if (!reaches(call, x, I0, lanes)) continue;
       const Rope turn = region_rope<S>(p.q_rope, x);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * p.D;
         load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
         if (turn.cos) rotate_row(row, turn, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
-        const S f = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1));
-        const S norm = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(f)) * kLog2e * 1.0001);
-        w.scale->c[r] = f * S(kLog2e);
-        w.scale->qn[r] = x && !(norm > w.scale->qn[r]) ? w.scale->qn[r] : norm;
+        if (!measured) w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(w.scale->c[r])) * 1.0001);
       }
+      measured = true;
       pack_transposed<E>(w.qt + x * q_step(), kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
     }
 
