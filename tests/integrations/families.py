@@ -62,7 +62,15 @@ ROPE = {
     "gemma2": lambda: (
         T.Gemma2ForCausalLM, T.Gemma2Config(**_SIZES, head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=3.0, query_pre_attn_scalar=4)
     ),
-    "gemma3": lambda: (T.Gemma3ForCausalLM, T.Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=4)),
+    "gemma3": lambda: (
+        T.Gemma3ForCausalLM,
+        T.Gemma3TextConfig(
+            **_SIZES, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=4, layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5},
+            },
+        ),
+    ),
     "gpt_oss": lambda: (
         T.GptOssForCausalLM,
         T.GptOssConfig(
@@ -180,6 +188,15 @@ def twin(name: str):
 def has_decoder(name: str) -> bool:
     """Encoder and decoder, which take decoder_input_ids."""
     return name.removesuffix("_patched") in TABLES
+
+
+def forget(model):
+    """Dynamic NTK in transformers keeps the frequencies of the longest text it has seen."""
+    for module in model.modules():
+        if hasattr(module, "max_seq_len_cached") and hasattr(module, "inv_freq"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq.copy_(module.original_inv_freq)
+    return model
 
 
 def tokens(seed: int = 0, length: int = LENGTH, batch: int = BATCH) -> torch.Tensor:

@@ -157,8 +157,8 @@ class Visibility:
     bias: biases.Dense | None = None
 
 
-def _is_compact(mask: Tensor) -> bool:
-    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 3
+def is_compact(mask: Tensor | None) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[2] == 3
 
 
 def visibility(where: str, mask: Tensor | None, is_causal: bool, rows: int, keys: int) -> Visibility:
@@ -169,7 +169,7 @@ def visibility(where: str, mask: Tensor | None, is_causal: bool, rows: int, keys
         raise TypeError(f"{where}: attention_mask must be a tensor or None, got {type(mask).__name__}")
     if mask.dim() != 4:
         raise ValueError(f"{where}: attention_mask must have 4 dimensions (batch, heads, queries, keys), got {_check.shape(mask)}")
-    if _is_compact(mask):
+    if is_compact(mask):
         return _compact(mask, rows, keys)
     if mask.dtype == torch.bool:
         return Visibility(keys, masks.dense(mask), keys - rows)
@@ -228,3 +228,19 @@ def _by_rows(mask: Tensor, rows: int, keys: int) -> masks.Mask:
     mask = mask[:1] if mask.stride(0) == 0 else mask
     row = torch.arange(rows, device=mask.device)[:, None]
     return masks.dense((row >= mask[:, :, ROWS, None, :]) & (row < mask[:, :, AFTER, None, :]))
+
+
+def is_closed(mask: masks.Mask | None) -> bool:
+    """Causal, a window, or everything: what depends on I - j alone."""
+    return mask is None or not (mask.documents or mask.padding or mask.dense)
+
+
+def rows_apart(mask: Tensor, entry: int) -> tuple[int, int, Tensor]:
+    """One batch entry of a compact mask without its padding on the left: padded keys, padded rows, the mask of the rest."""
+    one = mask[entry : entry + 1]
+    first, after, offset = one[:, 0, ROWS], one[:, 0, AFTER], int(one[0, 0, OFFSET, 0])
+    seen = (after > first)[0].nonzero()
+    keys = int(seen[0]) if seen.numel() else 0
+    rows = max(0, keys - offset)
+    planes = ((first - rows).clamp(min=0), (after - rows).clamp(min=0), torch.full_like(first, offset + rows - keys))
+    return keys, rows, torch.stack(planes, 1)[:, None, :, keys:]
