@@ -138,6 +138,11 @@ def attention(
     if temperature is not None:
         b, rho, scale, softcap_mul = _divide_by_temperature(call, temperature, b, rho, scale, softcap, softcap_includes_bias)
     if sink is not None:
+        if bias is not None and bias.shifts_rows:
+            raise NotImplementedError(
+                f"{_WHERE}: sink does not go with a bias without its row term, {type(bias).__name__}: the sink's share of a row "
+                "depends on it; use row_term=True"
+            )
         sink = _sink(call, sink)
 
     # In 16 bits, gradients of parameters need what rounding took from out (csrc/core/params.h: residual).

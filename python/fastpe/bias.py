@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,6 +30,9 @@ FORMS = {form.rstrip("_"): number for form, (number, _) in _C.bias_forms().items
 
 class Bias:
     """Base of every bias object."""
+
+    # True when the scores of a row are shifted by a number of its own: the same softmax, another lse.
+    shifts_rows = False
 
     def op_args(self, call: Call) -> OpBias:
         """The kernel arguments for one call."""
@@ -120,6 +123,8 @@ class Sum(Bias):
     def multiplier(self, call: Call) -> Tensor | None:
         made = [m for m in (term.multiplier(call) for term in self.terms) if m is not None]
         return made[0] if made else None
+
+    shifts_rows = property(lambda self: any(term.shifts_rows for term in self.terms))
 
 
 _OPEN = ("rows", "cols", "index", "dense")
@@ -407,9 +412,13 @@ class Alibi(Bias):
             Positions of the queries; when `key_positions` is absent, of all Nk tokens, of which the queries are the last Nq.
             Floats may require grad (sign(0) = 0).
         key_positions: positions of the keys, same shapes.
+        row_term: False gives the bias that flash-attention's causal kernel adds, m_h (j - (Nk - 1)): each row is shifted by
+            m_h (Nk - 1 - I). out is the same, lse is that of the shifted scores and must not be merged with others. Causal
+            calls only, no positions, not with a sink.
 
     Raises:
         TypeError, ValueError: wrong types, shapes, or positions beyond 2^53.
+        NotImplementedError: row_term=False with what a shifted row changes.
 
     >>> import torch, fastpe
     >>> q = torch.randn(1, 4, 6, 8)
@@ -422,6 +431,7 @@ class Alibi(Bias):
     future_slopes: Tensor | None = None
     positions: Tensor | None = None
     key_positions: Tensor | None = None
+    row_term: bool = True
 
     _where = "fastpe.bias.Alibi"
 
@@ -438,9 +448,17 @@ class Alibi(Bias):
                 _check_tokens(where, what, getattr(self, what))
         if self.positions is None and self.key_positions is not None:
             raise ValueError(f"{where}: key_positions without positions")
+        if not self.row_term and (self.positions is not None or self.future_slopes is not None):
+            raise NotImplementedError(f"{where}: row_term=False goes with neither positions nor future_slopes; leave row_term True")
 
-    def _values(self) -> tuple[Tensor | None, Tensor | None]:
+    shifts_rows = property(lambda self: not self.row_term)
+
+    def _values(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """query values, key values."""
+        if not self.row_term:
+            if not call.causal:
+                raise NotImplementedError(f"{self._where}: row_term=False is the same softmax in causal calls only; leave row_term True")
+            return torch.full((call.Nq,), call.Nk - 1, device=call.device), None
         if self.key_positions is None:
             return None, self.positions
         return self.positions, self.key_positions
@@ -454,11 +472,11 @@ class Alibi(Bias):
 
     def op_args(self, call: Call) -> OpBias:
         names = ("", "positions") if self.key_positions is None else ("positions", "key_positions")
-        return _relative(call, self._where, "linear", self._slopes(call), *self._values(), None, names)
+        return _relative(call, self._where, "linear", self._slopes(call), *self._values(call), None, names)
 
     def materialize(self, call: Call) -> Tensor:
         past, future = (m.double()[..., None, None] for m in self._slopes(call))
-        d = _dense_difference(call, self._where, *self._values())
+        d = _dense_difference(call, self._where, *self._values(call))
         return -(past * d.clamp(min=0) + future * (-d).clamp(min=0))
 
 
@@ -608,8 +626,14 @@ class RelativeTable(_Distance):
             of all Nk tokens when `key_positions` is absent. They have no gradient. For grids see `relative_grid`.
         key_positions: integer positions of the keys.
         max_distance: with positions and a callable, the largest |p_i - p_j|; by default read from the positions.
+        clamp: False refuses a tensor that does not hold every distance of the call, instead of clamping to its ends. Which
+            keys a mask hides beside causality is not looked at.
 
     Gradients reach the table, or whatever the callable uses.
+
+    Raises:
+        TypeError, ValueError: wrong types or shapes; with clamp=False a table that is too short (the message says which
+            range the call needs).
 
     >>> import torch, fastpe
     >>> q = torch.randn(1, 2, 6, 8)
@@ -628,6 +652,7 @@ class RelativeTable(_Distance):
     positions: Tensor | None = None
     key_positions: Tensor | None = None
     max_distance: int | None = None
+    clamp: bool = True
 
     _where = "fastpe.bias.RelativeTable"
 
@@ -658,6 +683,8 @@ class RelativeTable(_Distance):
             d = -torch.arange(-far, far + 1, device=call.device)
             return OpBias(FORMS["table"], table=self._of_distance(call, d, call.dtype).contiguous(), u=u, w=w)
         self._fits(call, self.table)
+        if not self.clamp:
+            self._holds(call, _reach_of(self._where, p, keys, self.max_distance) if u is not None else None)
         form = FORMS["table_causal" if self.causal else "table"]
         return OpBias(form, table=call.aux(self._where, "table", self.table).contiguous(), u=u, w=w)
 
@@ -674,6 +701,18 @@ class RelativeTable(_Distance):
     def _fits(self, call: Call, table: Tensor) -> None:
         if table.shape[0] not in (1, call.H):
             raise ValueError(f"{self._where}: table has {table.shape[0]} heads, the call has {call.H}")
+
+    def _holds(self, call: Call, mapped: int | None) -> None:
+        """Raises where a distance of the call is beyond the table's ends; `mapped`: the largest one of position arrays."""
+        entries = self.table.shape[1]
+        if mapped is not None:
+            need = mapped
+        else:
+            need = max(call.Nk - 1, 0) if call.causal else max(call.Nq - 1, call.Nk - 1, 0)
+        has = entries - 1 if self.causal else entries // 2
+        if need > has:
+            wants = need + 1 if self.causal else 2 * need + 1
+            raise ValueError(f"{self._where}: table holds distances up to {has}, the call needs {need}, that is {wants} entries")
 
     def _of_distance(self, call: Call, d: Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(self.table, Tensor):
@@ -944,6 +983,42 @@ def _dense_prefix(x: Prefix | Tensor) -> Tensor:
     return x.values() if isinstance(x, Prefix) else x.double().cumsum(-1)
 
 
+def _check_blocks(where: str, sizes: Sequence[int], heads: int) -> None:
+    if len(sizes) != heads:
+        raise ValueError(f"{where}: block_sizes must hold one length for each of {heads} heads, got {len(sizes)}")
+    for size in sizes:
+        _check.count(where, "block_sizes", size, 1)
+
+
+def block_means(prefix: Prefix | Tensor, sizes: Sequence[int]) -> Tensor:
+    """Means of a prefix sum over blocks of tokens, each given to the block after it: a variant of K-CABLE (arXiv 2503.08067).
+
+    Tokens of the first block get 0; those of an incomplete last block keep c itself. So no token sees a later one.
+
+    Args:
+        prefix: c, a `Prefix` or a float tensor, (B, H, N).
+        sizes: tokens of a block, one number for each head; the released code takes int(2^(h / 2)) for head h.
+
+    Returns:
+        (B, H, N) float64, differentiable.
+
+    >>> import torch, fastpe
+    >>> fastpe.bias.block_means(torch.arange(7.0)[None, None], [2])
+    tensor([[[0.0000, 0.0000, 0.5000, 0.5000, 2.5000, 2.5000, 6.0000]]], dtype=torch.float64)
+    """
+    where = "fastpe.bias.block_means"
+    _as_prefix(where, "prefix", prefix)
+    _check_blocks(where, sizes, prefix.shape[1])
+    c = prefix.values() if isinstance(prefix, Prefix) else prefix.double()
+    heads = []
+    for row, size in zip(c.unbind(1), sizes):
+        whole = row.shape[-1] // size
+        means = row[:, : whole * size].unflatten(-1, (whole, size)).mean(-1)
+        shifted = torch.cat([torch.zeros_like(means[:, :1]), means[:, :-1]], -1)[:, :whole]
+        heads.append(torch.cat([shifted.repeat_interleave(size, -1), row[:, whole * size :]], -1))
+    return torch.stack(heads, 1)
+
+
 @_define
 class KernelCable(_Cumulative):
     """The kernel variant of Cable, arXiv 2503.08067: b = -g_i log(1 + (c_I - c_j)^2).
@@ -951,16 +1026,22 @@ class KernelCable(_Cumulative):
     Args:
         prefix: c, a `Prefix` of shape (B, H, Nk); or the increments, (B, H, Nk) float.
         row_weight: g, (B, H, Nk) or (B, H, Nq) float. Default 1.
+        block_sizes: one length for each head: c is replaced by `block_means(c, block_sizes)`, a variant of that code, whose
+            lengths are int(2^(h / 2)).
 
     >>> import torch, fastpe
     >>> q, h = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6)
     >>> b = fastpe.bias.KernelCable(-torch.nn.functional.softplus(h))
     >>> fastpe.attention(q, q, q, bias=b, is_causal=True).shape
     torch.Size([1, 2, 6, 8])
+    >>> blocks = fastpe.bias.KernelCable(-torch.nn.functional.softplus(h), block_sizes=[int(2 ** (h / 2)) for h in range(2)])
+    >>> fastpe.attention(q, q, q, bias=blocks, is_causal=True).shape
+    torch.Size([1, 2, 6, 8])
     """
 
     prefix: Prefix | Tensor
     row_weight: Tensor | None = None
+    block_sizes: Sequence[int] | None = None
 
     _where = "fastpe.bias.KernelCable"
 
@@ -969,12 +1050,20 @@ class KernelCable(_Cumulative):
         if self.row_weight is not None:
             _check.is_float(self._where, "row_weight", self.row_weight)
             _check_tokens(self._where, "row_weight", self.row_weight)
+        if self.block_sizes is not None:
+            _check_blocks(self._where, self.block_sizes, self.prefix.shape[1])
 
     def op_args(self, call: Call) -> OpBias:
-        return _relative(call, self._where, "logsq", None, None, self._prefix(), self.row_weight, ("", self._field))
+        c = self._prefix()
+        if self.block_sizes is not None:
+            c = block_means(c, self.block_sizes)
+        return _relative(call, self._where, "logsq", None, None, c, self.row_weight, ("", self._field))
 
     def materialize(self, call: Call) -> Tensor:
-        d = _dense_difference(call, self._where, None, _dense_prefix(self.prefix))
+        c = _dense_prefix(self.prefix)
+        if self.block_sizes is not None:
+            c = block_means(c, self.block_sizes)
+        d = _dense_difference(call, self._where, None, c)
         b = -torch.log(1 + d * d)
         if self.row_weight is not None:
             b = _last_rows(call, self._where, "row_weight", _tokens(self.row_weight)).double()[..., None] * b
@@ -1040,6 +1129,11 @@ def _integer_positions(where: str, positions: Tensor | None, key_positions: Tens
     """Position maps are whole numbers and have no gradient."""
     for what, x in (("positions", positions), ("key_positions", key_positions)):
         if x is not None:
+            if isinstance(x, Tensor) and x.requires_grad:
+                raise TypeError(
+                    f"{where}: {what} must hold integers and have no gradient, got {_check.name(x.dtype)} that requires grad; "
+                    "fastpe.bias.RelativeFn learns positions"
+                )
             _check.is_integer(where, what, x)
             _check_tokens(where, what, x)
     if positions is None and key_positions is not None:

@@ -331,15 +331,7 @@ CALLS = {
     ("bias_alibi", "causal_pow2"): lambda a, leaf, watch: _alibi(a, leaf),
     ("bias_alibi", "causal_nonpow2_gqa_offset"): lambda a, leaf, watch: _alibi(a, leaf),
     ("bias_alibi", "flash_noncausal_batch_slopes"): lambda a, leaf, watch: {"bias": bias.Alibi(leaf("slopes"))},
-    # The row term is dropped: every query stands at the last key.
-    ("bias_alibi", "flash_causal_shortcut"): lambda a, leaf, watch: _causal(
-        a,
-        bias=bias.RelativeFn(
-            "linear",
-            params=(leaf("slopes"), a["slopes"]),
-            query_values=torch.full((a["q"].shape[2],), a["k"].shape[2] - 1),
-        ),
-    ),
+    ("bias_alibi", "flash_causal_shortcut"): lambda a, leaf, watch: _causal(a, bias=bias.Alibi(leaf("slopes"), row_term=False)),
     ("bias_alibi", "custom_positions_causal"): lambda a, leaf, watch: _causal(
         a, bias=bias.Alibi(leaf("slopes"), positions=leaf("pos"))
     ),

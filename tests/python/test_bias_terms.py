@@ -80,7 +80,7 @@ def test_fire_takes_relu_only():
 
 
 def test_position_maps_have_no_gradient():
-    with pytest.raises(TypeError, match="positions must hold integers, got float32"):
+    with pytest.raises(TypeError, match="positions must hold integers and have no gradient, got float32 that requires grad"):
         bias.RelativeTable(torch.zeros(1, 3), positions=torch.zeros(5, requires_grad=True))
 
 
@@ -103,3 +103,35 @@ def test_unclipped_rows(dtype):
     b = bias.relative_key(q, torch.randn(399, 16, generator=g), key=k)
     out, want = (f(q, k, k, bias=b) for f in (fastpe.attention, fastpe.reference.attention))
     compare.close("out", out.double(), want, 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("n", [1, 5, 12, 70])
+def test_block_means(n):
+    """Against a walk over the tokens."""
+    sizes, c = [int(2 ** (h / 2)) for h in range(6)], torch.randn(2, 6, n, dtype=torch.float64)
+    want = torch.empty_like(c)
+    for h, size in enumerate(sizes):
+        for t in range(n):
+            block = t // size
+            if (block + 1) * size > n:
+                want[:, h, t] = c[:, h, t]
+            else:
+                want[:, h, t] = c[:, h, (block - 1) * size : block * size].mean(-1) if block else 0.0
+    torch.testing.assert_close(bias.block_means(c, sizes), want)
+
+
+def test_row_term():
+    """Without the row term out stays, and lse moves by the term."""
+    (out, lse), (shifted, moved) = (
+        attend(bias.Alibi(2, row_term=term), is_causal=True, return_lse=True) for term in (True, False)
+    )
+    torch.testing.assert_close(shifted, out)
+    term = bias.alibi_slopes(2).double()[:, None] * (69 - torch.arange(70))
+    torch.testing.assert_close(moved + term, lse)
+
+
+def test_table_that_must_hold_every_distance():
+    whole = bias.RelativeTable(torch.randn(2, 139, dtype=torch.float64), clamp=False)
+    torch.testing.assert_close(attend(whole), attend(bias.RelativeTable(whole.table)))
+    torch.testing.assert_close(attend(whole, attention=fastpe.reference.attention), attend(whole))
+    assert attend(bias.RelativeTable(torch.randn(2, 70, dtype=torch.float64), True, clamp=False), is_causal=True).shape

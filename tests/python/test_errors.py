@@ -41,6 +41,11 @@ def grad(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype, requires_grad=True)
 
 
+def fire(activation=None, heads=H, **kwargs):
+    mlp = torch.nn.Sequential(torch.nn.Linear(1, 4), activation or torch.nn.ReLU(), torch.nn.Linear(4, heads))
+    return bias.Fire.from_mlp(mlp, torch.tensor(0.1), 512.0, **kwargs)
+
+
 ints = torch.tensor
 ATT = "fastpe.attention: "
 TABLE = [
@@ -155,12 +160,39 @@ TABLE = [
     (lambda: bias.RelativeTable(t(2, 4)), ValueError, "fastpe.bias.RelativeTable: a two-sided table has 2 R + 1 entries, got 4 (causal=True for one side)"),
     (lambda: bias.RelativeTable(3), TypeError, "fastpe.bias.RelativeTable: table must be a tensor or a callable, got int"),
     (bias_call(lambda: bias.RelativeTable(t(3, 5))), ValueError, "fastpe.bias.RelativeTable: table has 3 heads, the call has 8"),
+    (bias_call(lambda: bias.RelativeTable(t(8, 9), clamp=False)), ValueError, "fastpe.bias.RelativeTable: table holds distances up to 4, the call needs 9, that is 19 entries"),
+    (bias_call(lambda: bias.RelativeTable(t(8, 7), True, clamp=False), is_causal=True), ValueError, "fastpe.bias.RelativeTable: table holds distances up to 6, the call needs 9, that is 10 entries"),
+    (bias_call(lambda: bias.RelativeTable(t(8, 9), positions=3 * torch.arange(N), clamp=False)), ValueError, "fastpe.bias.RelativeTable: table holds distances up to 4, the call needs 27, that is 55 entries"),
+    (bias_call(lambda: bias.RelativeTable(t(8, 19), positions=torch.arange(9))), ValueError, "fastpe.bias.RelativeTable: positions has 9 tokens, the call has 10 keys"),
+    (lambda: bias.RelativeTable(t(8, 19), positions=grad(N)), TypeError, "fastpe.bias.RelativeTable: positions must hold integers and have no gradient, got float32 that requires grad; fastpe.bias.RelativeFn learns positions"),
+    (lambda: bias.RelativeTable(t(8, 19), positions=ints([0]), key_positions=grad(N)), TypeError, "fastpe.bias.RelativeTable: key_positions must hold integers and have no gradient, got float32 that requires grad; fastpe.bias.RelativeFn learns positions"),
+    (lambda: fire(positions=grad(N)), TypeError, "fastpe.bias.Fire: positions must hold integers and have no gradient, got float32 that requires grad; fastpe.bias.RelativeFn learns positions"),
+    (lambda: bias.bipe_alibi(8, grad(N)), TypeError, "fastpe.bias.bipe_alibi: segments must hold integers, got float32"),
+    (lambda: bias.relative_grid(t(8, 3, 27), torch.cartesian_prod(torch.arange(5), torch.arange(14))), ValueError, "fastpe.bias.relative_grid: table holds offsets up to 1 along axis 0, the coordinates need 4, that is 9 entries"),
     (bias_call(lambda: bias.RelativeTable(lambda d: t(8, 3))), ValueError, "fastpe.bias.RelativeTable: the callable must return (H, 19) for 19 distances, got (8, 3)"),
     (lambda: bias.Sandwich(4, dim=7), ValueError, "fastpe.bias.Sandwich: dim must be even, got 7"),
     (lambda: bias.Cable(t(2, 3)), ValueError, "fastpe.bias.Cable: prefix must be (B, H, N), got (2, 3)"),
     (bias_call(lambda: bias.Cable(t(B, H, 9))), ValueError, "fastpe.bias.Cable: prefix has 9 tokens, the call has 10 keys"),
     (bias_call(lambda: bias.Cable(t(B, HK, N))), ValueError, "fastpe.bias.Cable: prefix has 4 heads, the call has 8"),
     (bias_call(lambda: bias.Cable(t(B, H, N), t(B, H, 7))), ValueError, "fastpe.bias.Cable: row_weight has 7 tokens, the call has 10 queries"),
+    (bias_call(lambda: bias.KernelCable(t(B, H, 9))), ValueError, "fastpe.bias.KernelCable: prefix has 9 tokens, the call has 10 keys"),
+    (bias_call(lambda: bias.Forget(fastpe.prefix_sum(t(B, H, 11)))), ValueError, "fastpe.bias.Forget: log_gates has 11 tokens, the call has 10 keys"),
+    (lambda: bias.KernelCable(t(B, H, N), block_sizes=[1, 1]), ValueError, "fastpe.bias.KernelCable: block_sizes must hold one length for each of 8 heads, got 2"),
+    (lambda: bias.block_means(t(B, 2, N), [2, 0]), ValueError, "fastpe.bias.block_means: block_sizes must be at least 1, got 0"),
+    (lambda: fire(torch.nn.GELU()), NotImplementedError, "fastpe.bias.Fire: the network must be Linear(1, W), ReLU, Linear(W, H) with biases, got Linear, GELU, Linear; use fastpe.bias.RelativeTable or fastpe.bias.Dense for others"),
+    (bias_call(lambda: fire(heads=6)), ValueError, "fastpe.bias.Fire: w2 has 6 heads, the call has 8"),
+    (bias_call(lambda: bias.Cope(t(D, 4))), ValueError, "fastpe.bias.Cope: counts the tokens between a key and a later query, so keys after the query must be hidden; the call is not causal (pass is_causal=True)"),
+    (lambda: bias.Alibi(8) + bias.Cope(t(D, 4)), NotImplementedError, "fastpe.bias: Cope counts gates in a kernel of its own and does not add to other biases"),
+    (bias_call(lambda: bias.Alibi(8) + bias.Cable(t(B, H, N))), ValueError, "fastpe.bias: Alibi and Cable both take the one closed form of a call; add functions of the distance in one RelativeTable(lambda d: ...), or give one of them as a Dense"),
+    (bias_call(lambda: fire() + bias.RelativeTable(t(8, 19))), ValueError, "fastpe.bias: Fire and RelativeTable both take the one closed form of a call; add functions of the distance in one RelativeTable(lambda d: ...), or give one of them as a Dense"),
+    (bias_call(lambda: bias.RowTable(t(B, H, N, 3)) + bias.RowTable(t(B, H, N, 3))), ValueError, "fastpe.bias: RowTable and RowTable both take the one RowTable of a call; join their tables along the channels, or give one of them as a Dense"),
+    (bias_call(lambda: bias.RowTable(t(B, H, 7, 3))), ValueError, "fastpe.bias.RowTable: terms has 7 queries, the call has 10"),
+    (lambda: bias.RowTable(t(B, H, N, 4)), ValueError, "fastpe.bias.RowTable: without index, terms hold 2 M + 1 offsets, got R = 4; give index for another order"),
+    (lambda: bias.transformer_xl(t(B, H, N, D), t(B, HK, N, D), t(4, H, D), t(H, D), t(H, D)), ValueError, "fastpe.bias.transformer_xl: r holds 4 distances, 10 keys need as many"),
+    (bias_call(lambda: bias.Alibi(8, row_term=False)), NotImplementedError, "fastpe.bias.Alibi: row_term=False is the same softmax in causal calls only; leave row_term True"),
+    (lambda: bias.Alibi(8, positions=torch.arange(N), row_term=False), NotImplementedError, "fastpe.bias.Alibi: row_term=False goes with neither positions nor future_slopes; leave row_term True"),
+    (bias_call(lambda: bias.Alibi(8, row_term=False), is_causal=True, sink=t(H)), NotImplementedError, ATT + "sink does not go with a bias without its row term, Alibi: the sink's share of a row depends on it; use row_term=True"),
+    (bias_call(lambda: bias.Alibi(8, row_term=False) + bias.Dense(t(N, N)), is_causal=True, sink=t(H)), NotImplementedError, ATT + "sink does not go with a bias without its row term, Sum: the sink's share of a row depends on it; use row_term=True"),
     (lambda: bias.Forget(ints([[[1]]])), TypeError, "fastpe.bias.Forget: log_gates must be float32, bfloat16, float16 or float64, got int64"),
     (lambda: bias.Forget(t(2, 3, 4), ints([0])), ValueError, "fastpe.bias.Forget: seq_start must be (B,) with B = 2, got (1,)"),
     (lambda: bias.RelativeFn("cubic"), ValueError, "fastpe.bias.RelativeFn: kind must be one of linear, signed, abs, log, power, logsq, got 'cubic'"),

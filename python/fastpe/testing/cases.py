@@ -162,6 +162,12 @@ def _kernel_cable(d: _Draw):
     return biases.KernelCable(-F.softplus(h), F.softplus(d.leaf("hs", d.normal(c.B, c.H, c.Nk))))
 
 
+def _block_cable(d: _Draw):
+    c = d.case
+    h = d.leaf("h", d.normal(c.B, c.H, c.Nk))
+    return biases.KernelCable(-F.softplus(h), block_sizes=[int(2 ** (h / 2)) for h in range(c.H)])
+
+
 def _dense(*axes: str, beside: str | None = None):
     """A dense bias over the axes named (the others broadcast), alone or added to another bias."""
 
@@ -260,6 +266,7 @@ BIASES: dict[str, Callable[[_Draw], biases.Bias | None]] = {
     "cable": _cable(True),
     "cable_bidirectional": _cable(True, True),
     "kernel_cable": _kernel_cable,
+    "block_cable": _block_cable,
     "forget": _forget,
     "kerple_weighted": _weighted_kerple,
     "table_positions": _table_positions(False),
@@ -284,7 +291,7 @@ COMPOSED = {
     *(name for name in BIASES if name.startswith("dense")),
 }  # fmt: skip
 COMPOSED_SCORE = {"softcap_bias"}
-NEEDS_KEYS = {"dense_and_cable", "alibi_positions", "cable_v1", "cable", "cable_bidirectional", "kernel_cable", "forget"}
+NEEDS_KEYS = {"dense_and_cable", "alibi_positions", "cable_v1", "cable", "cable_bidirectional", "kernel_cable", "block_cable", "forget"}
 
 
 def _documents(d: _Draw):

@@ -41,16 +41,30 @@ def close(what: str, got: Tensor, want: Tensor, tolerance: float, *, floor: floa
 
 
 def close_half(
-    what: str, got: Tensor, want: Tensor, torch_result: Tensor, *, floor: float = 0.0, dtype: torch.dtype | None = None
+    what: str,
+    got: Tensor,
+    want: Tensor,
+    torch_result: Tensor,
+    *,
+    floor: float = 0.0,
+    dtype: torch.dtype | None = None,
+    drawn: bool = False,
 ) -> None:
     """Asserts that the error is at most twice that of plain torch in the same dtype, plus 1e-5.
 
     With `dtype`, torch's own error counts as at least one rounding to it: where few numbers are summed, how well the
-    rounding errors of torch happen to cancel says nothing.
+    rounding errors of torch happen to cancel says nothing. With `drawn`, for one of many random cases, the largest error
+    may reach three times torch's where the root mean square keeps the rule: the largest of a few hundred roundings
+    scatters by more than the margin.
     """
     e, own = error(got, want, floor=floor), error(torch_result, want, floor=floor)
     if dtype is not None:
         own = max(own, torch.finfo(dtype).eps / 2)
+    if drawn and 2 * own + 1e-5 < e <= 3 * own + 1e-5:
+        finite = torch.isfinite(want)
+        square, torch_square = (float((x.detach().double() - want)[finite].square().sum()) for x in (got, torch_result))
+        assert square <= 4 * torch_square, f"{what}: root mean square error {(square / torch_square) ** 0.5:.3g} times torch's own"
+        return
     assert e <= 2 * own + 1e-5, f"{what}: error {e:.3g} of the largest entry, torch's own is {own:.3g}"
 
 
