@@ -246,8 +246,10 @@ inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t 
   b.params = read_aux(c, "bias_params", a.bias_params, aux, {broadcast(B), broadcast(H), {2}});
   b.gamma = read_aux(c, "bias_gamma", a.bias_gamma, aux, {broadcast(B), broadcast(H), broadcast(Nq)});
   b.u = read_aux(c, "bias_u", a.bias_u, aux, {broadcast(B), broadcast(H), {Nq}});
-  b.w = read_aux(c, "bias_w", a.bias_w, aux, {broadcast(B), broadcast(H), {Nk}});
-  b.base = read_aux(c, "bias_base", a.bias_base, ScalarType::Double, {broadcast(B), broadcast(H), {(Nk + kPrefixBlock - 1) / kPrefixBlock}});
+  const bool two_sided = b.form == BiasForm::two_sided;
+  const Axis w_heads = two_sided ? Axis{2 * H} : broadcast(H);
+  b.w = read_aux(c, "bias_w", a.bias_w, aux, {broadcast(B), w_heads, {Nk}});
+  b.base = read_aux(c, "bias_base", a.bias_base, ScalarType::Double, {broadcast(B), w_heads, {(Nk + kPrefixBlock - 1) / kPrefixBlock}});
   if (a.bias_table) {
     const Tensor& t = *a.bias_table;
     check_device(c, "bias_table", t);
@@ -257,13 +259,14 @@ inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t 
     b.table = {read_ptr(t), 0, step(t, 0), 0};
     b.table_len = t.size(1);
   }
-  const bool rel_fn = pos::is_rel_fn(b.form), fire = b.form == BiasForm::fire, table = pos::is_table(b.form) || fire;
+  const bool rel_fn = pos::is_rel_fn(b.form) || two_sided, fire = b.form == BiasForm::fire, table = pos::is_table(b.form) || fire;
   check(c.op, table == bool(b.table), "bias_table belongs to the table forms and to fire, and they need it; bias_form is ", a.bias_form);
   check(c.op, b.form != BiasForm::table || b.table_len % 2 == 1, "bias_table of the two-sided form must have an odd length, got ", b.table_len);
   check(c.op, rel_fn || !(b.params || b.base), "bias_params and bias_base belong to the forms of a distance; bias_form is ", a.bias_form);
   check(c.op, rel_fn || fire || !b.gamma, "bias_gamma belongs to the forms of a distance and to fire; bias_form is ", a.bias_form);
   check(c.op, rel_fn || table || !(b.u || b.w), "bias_u and bias_w belong to a form of the distance; bias_form is ", a.bias_form);
   const bool needs_params = b.form == BiasForm::linear || b.form == BiasForm::log || b.form == BiasForm::power;
+  check(c.op, !two_sided || (b.w && !b.u && !b.params), "bias_w alone belongs to the two-sided form, and it needs it");
   check(c.op, !needs_params || b.params, "bias_params is missing for bias_form ", a.bias_form);
   check(c.op, !b.base || (b.w && !b.u), "bias_base goes with bias_w and without bias_u");
   check(c.op, !b.w || b.u || Nq <= Nk, "bias_w without bias_u needs no more queries than keys, got ", Nq, " and ", Nk);

@@ -53,7 +53,8 @@ struct Bias {
   Aux params;      // rel_fn: (B|1,H|1,2) the two numbers of the form; token stride unused
   Aux gamma;       // rel_fn: row weight (B|1,H|1,Nq|1); may be null (1). fire: one over the row's normaliser
   Aux u;           // query positions (B|1,H|1,Nq); null: w at the query's index, or that index itself
-  Aux w;           // key positions (B|1,H|1,Nk); null: the key's index. Table forms and fire: whole numbers
+  Aux w;           // key positions (B|1,H|1,Nk); null: the key's index. Table forms and fire: whole numbers. two_sided: (B|1,2H,Nk),
+                   // H planes of the past, then H of the future; base likewise
   Aux base;        // double (B|1,H|1,ceil(Nk/128)): w[j] means w[j] + base[j/128]; null: 0. Only with u null
   Aux table;       // table forms: (1,H|1,L); fire: numerator by distance, (1,H|1,L)
   int64_t table_len = 0;

@@ -25,6 +25,7 @@ template <class S>
 struct BiasGrad : TermGrad<S> {
   S* params = nullptr;  // 2
   S* w = nullptr;       // Nk
+  S* w2 = nullptr;      // Nk: two_sided's future
   S* table = nullptr;   // span, at its first element
   S* omega = nullptr;   // span, at its first element
 };
@@ -42,7 +43,7 @@ struct BwdScratch {
   TileBias<S>* bias;
   BlockBias<S>* block;
   BlockScale<S>* scale;
-  S *lse, *delta, *slack, *ids, *du, *dgamma, *drho;
+  S *lse, *delta, *slack, *ids, *du, *du2, *dgamma, *drho;
   S *row_ds, *row_p, *row_p0, *row_p1, *row_phi;  // sums over keys that set delta right, see settle_rows
 
   static int64_t pad(int64_t d) { return tiles::round_up(d, Vec<S>::kLanes); }
@@ -79,6 +80,7 @@ struct BwdScratch {
     slack = c.take<S>(kBM);
     ids = c.take<S>(kBM);
     du = c.take<S>(kBM);
+    du2 = c.take<S>(kBM);
     dgamma = c.take<S>(kBM);
     drho = c.take<S>(kBM);
     row_ds = c.take<S>(kBM);
@@ -153,6 +155,9 @@ struct Backward {
   double* g_pieces = nullptr;
 
   bool needs(int64_t bit) const { return (a.needs & bit) != 0; }
+  // Planes of w for each head, and where a head's own sums stand among those of all planes.
+  int64_t planes() const { return p.bias.form == BiasForm::two_sided ? 2 : 1; }
+  int64_t plane_row(int64_t b, int64_t h, int64_t plane) const { return (b * planes() + plane) * p.H + h; }
   // Sums of dS kept for the table: one an offset, or one an entry when positions decide.
   int64_t table_sums() const { return is_mapped(p.bias) ? p.bias.table_len : table_span(p).len; }
 
@@ -203,7 +208,7 @@ struct Backward {
       dk = want_k ? c.take<S>(wave * splits * copies * p.Nk * dp) : nullptr;
       dv = want_v ? c.take<S>(wave * splits * p.Nk * dvp) : nullptr;
       g_params = want_params ? c.take<S>(bh * splits * 2) : nullptr;
-      g_w = want_w ? c.take<S>(bh * splits * p.Nk) : nullptr;
+      g_w = want_w ? c.take<S>(planes() * bh * splits * p.Nk) : nullptr;
       g_table = want_table ? c.take<S>(bh * splits * table_sums()) : nullptr;
       g_omega = want_omega ? c.take<S>(bh * splits * table_span(p).len) : nullptr;
       g_pieces = want_pieces ? c.take<double>(bh * splits * 2 * p.bias.pieces_len) : nullptr;
@@ -212,7 +217,7 @@ struct Backward {
       g_pairs = want_pairs ? c.take<S>(bh * splits * p.bias.Sq * p.bias.Sk) : nullptr;
       g_key = want_dense && p.bias.dense_sk && !p.bias.dense.sn ? c.take<S>(bh * splits * p.Nk) : nullptr;
       g_row = want_dense && !p.bias.dense_sk ? c.take<S>(bh * p.Nq) : nullptr;
-      g_u = want_u ? c.take<S>(bh * p.Nq) : nullptr;
+      g_u = want_u ? c.take<S>(planes() * bh * p.Nq) : nullptr;
       g_gamma = want_gamma ? c.take<S>(bh * p.Nq) : nullptr;
       g_rho = want_rho ? c.take<S>(bh * p.Nq) : nullptr;
       for (int64_t i = 0; i < wave; ++i) {
@@ -261,7 +266,13 @@ struct Backward {
       const int64_t h = hk * group + x, row = (b * p.H + h) * splits + split;
       BiasGrad<S> bg;
       if (g_params) { bg.params = g_params + row * 2; bg.params[0] = bg.params[1] = 0; }
-      if (g_w) { bg.w = g_w + row * p.Nk; std::memset(bg.w, 0, size_t(p.Nk) * sizeof(S)); }
+      const auto by_key = [&](int64_t plane) {
+        S* sums = g_w + (plane_row(b, h, plane) * splits + split) * p.Nk;
+        std::memset(sums, 0, size_t(p.Nk) * sizeof(S));
+        return sums;
+      };
+      if (g_w) bg.w = by_key(0);
+      if (g_w && planes() == 2) bg.w2 = by_key(1);
       if (g_table) {
         S* sums = g_table + row * table_sums();
         std::memset(sums, 0, size_t(table_sums()) * sizeof(S));
@@ -350,7 +361,7 @@ struct Backward {
     if (w.terms) terms.start();
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < kBM; ++l) {
-      w.du[l] = w.dgamma[l] = w.drho[l] = 0;
+      w.du[l] = w.du2[l] = w.dgamma[l] = w.drho[l] = 0;
       w.row_ds[l] = w.row_p[l] = w.row_p0[l] = w.row_p1[l] = w.row_phi[l] = 0;
     }
     Touched touched = 0;
@@ -371,7 +382,8 @@ struct Backward {
 
     if (settle) settle_rows(w, bg, b, h, i0, rows);
     if (needs(need_q)) store_dq(w, touched, b, h, i0, rows);
-    if (g_u) for (int64_t r = 0; r < rows; ++r) g_u[row0 + r] = w.du[r];
+    if (g_u)
+      for (int64_t plane = 0; plane < planes(); ++plane) std::memcpy(g_u + plane_row(b, h, plane) * p.Nq + i0, plane ? w.du2 : w.du, size_t(rows) * sizeof(S));
     if (g_gamma) for (int64_t r = 0; r < rows; ++r) g_gamma[row0 + r] = w.dgamma[r];
     if (g_rho) for (int64_t r = 0; r < rows; ++r) g_rho[row0 + r] = w.drho[r];
     if (stats) {
@@ -625,7 +637,40 @@ struct Backward {
     if (bg.mapped) return terms.mapped_grads(t, ds, P, bg.mapped, c0, c1);
     if (bg.table) return diagonals(bg.table, ds, c0, c1, lanes, I0, j0);
     if (!(want_params || want_gamma || want_u || want_w)) return;
+    if (p.bias.form == BiasForm::two_sided) return two_sided_grads(t, w, bg, ds, c0, c1, lanes, j0);
     pos::with_form(t.form, [&](auto phi) { rel_grads<decltype(phi)>(t, w, bg, prob, ds, c0, c1, lanes, j0); });
+  }
+
+  // b = g (u_i - w_j) of the past or g (w2_j - u2_i) of the future.
+  void two_sided_grads(const TileBias<S>& t, BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t j0) const {
+    constexpr int64_t P = kPitch<S>;
+    alignas(64) S past[kChunk * L], future[kChunk * L];
+    for (int64_t x = 0; x < kChunk * L; ++x) past[x] = future[x] = 0;
+    for (int64_t l = 0; l < lanes; l += L) {
+      const V gm = V::load(w.block->gm + l), r = V::load(t.r + l), at = V::iota() + V(S(l + t.diagonal));
+      const V r2 = t.kind == Kind::twin ? V::load(t.r2 + l) : r;
+      V du(S(0)), du2(S(0)), dg(S(0));
+      for (int64_t j = c0; j < c1; ++j) {
+        const V d = V::load(ds + j * P + l), x = d * gm;
+        const Mask<S> behind = at >= V(S(j));
+        const V xp = select(behind, x, V(S(0))), xf = x - xp;
+        du = du + xp;
+        du2 = du2 - xf;
+        S *kp = past + (j - c0) * L, *kf = future + (j - c0) * L;
+        (V::load(kp) + xp).store(kp);
+        (V::load(kf) + xf).store(kf);
+        const V D = t.kind == Kind::twin ? t.twin_distance(j, l, r, r2) : select(behind, r - V(t.y[j]), V(t.y[j]) - r);
+        dg = fma(d, D, dg);
+      }
+      (V::load(w.du + l) + du).store(w.du + l);
+      (V::load(w.du2 + l) + du2).store(w.du2 + l);
+      if (want_gamma) (V::load(w.dgamma + l) + dg).store(w.dgamma + l);
+    }
+    if (!bg.w) return;
+    for (int64_t j = c0; j < c1; ++j) {
+      bg.w[j0 + j] -= reduce_add(V::load(past + (j - c0) * L));
+      bg.w2[j0 + j] += reduce_add(V::load(future + (j - c0) * L));
+    }
   }
 
   // dT[t] += sum of dS along the diagonal I - j = t: vectors of neighbouring diagonals, rows of dS shifted by one each.
@@ -754,18 +799,20 @@ struct Backward {
       len = n;
     };
     // Adds rows (bh, n) with `parts` parts each to (B|1, H|1, n or 1).
-    const auto fold = [&](void* out, const Aux& like, const S* src, int64_t parts, int64_t n, bool one) {
+    const auto fold = [&](void* out, const Aux& like, const S* src, int64_t parts, int64_t n, bool one, int64_t of_heads = 1) {
       int64_t nb, nh, len;
       shape(like, one ? 1 : n, nb, nh, len);
+      const int64_t H = p.H * of_heads;
+      if (like.sh) nh = H;
       S* y = static_cast<S*>(out);
       for (int64_t b = 0; b < nb; ++b)
         for (int64_t h = 0; h < nh; ++h)
           for (int64_t x = 0; x < len; ++x) {
             double sum = 0;
             for (int64_t bb = b; bb < (nb == 1 ? p.B : b + 1); ++bb)
-              for (int64_t hh = h; hh < (nh == 1 ? p.H : h + 1); ++hh)
+              for (int64_t hh = h; hh < (nh == 1 ? H : h + 1); ++hh)
                 for (int64_t q = 0; q < parts; ++q) {
-                  const S* r = src + ((bb * p.H + hh) * parts + q) * n;
+                  const S* r = src + ((bb * H + hh) * parts + q) * n;
                   if (one) for (int64_t i = 0; i < n; ++i) sum += double(r[i]);
                   else sum += double(r[x]);
                 }
@@ -778,9 +825,9 @@ struct Backward {
     if (a.drow_scale) fold(a.drow_scale, p.row_scale, g_rho, 1, p.Nq, p.row_scale.sn == 0);
     if (a.dw) {
       if (!bi.u)  // u_i is w at the query's index
-        for (int64_t r = 0; r < bh; ++r)
+        for (int64_t r = 0; r < planes() * bh; ++r)
           for (int64_t i = 0; i < p.Nq; ++i) g_w[r * splits * p.Nk + call.offset + i] += g_u[r * p.Nq + i];
-      fold(a.dw, bi.w, g_w, splits, p.Nk, false);
+      fold(a.dw, bi.w, g_w, splits, p.Nk, false, planes());
     }
     if (a.dfactor) fold(a.dfactor, bi.factor, g_factor, splits, bi.Sq * bi.Sk, false);
     if (a.dpairs) fold(a.dpairs, bi.pairs, g_pairs, splits, bi.Sq * bi.Sk, false);

@@ -78,8 +78,9 @@ inline bool is_mapped(const Bias& b) { return b.table && (b.u || b.w); }
 
 // ---- bias of one head and of one tile -----------------------------------------------------------------------------
 
-// rank1: b = g * (u - y), in one multiply-add; steep: the same, with u - y formed first.
-enum class Kind { none, rank1, steep, table, form };
+// rank1: b = g * (u - y), in one multiply-add; steep: the same, with u - y formed first. twin: a tile of two_sided that the
+// diagonal crosses; the others are rank1 or steep with the values of their side.
+enum class Kind { none, rank1, steep, table, form, twin };
 
 template <class S>
 struct HeadBias {
@@ -87,8 +88,8 @@ struct HeadBias {
   S p0 = 0, p1 = 0;
   const S* gamma = nullptr;  // by local query row
   int64_t gamma_step = 0;
-  const S *u = nullptr, *w = nullptr;
-  const double* base = nullptr;
+  const S *u = nullptr, *w = nullptr, *w2 = nullptr;  // w2: two_sided's values of the future
+  const double *base = nullptr, *base2 = nullptr;
   const S *table = nullptr, *env = nullptr;  // pointing at offset t = 0
   const S* raw_table = nullptr;              // the table as given
   bool mapped = false;                       // a table or fire over position arrays
@@ -102,6 +103,10 @@ struct HeadBias {
     u = at<S>(s.u, b, h);
     w = at<S>(s.w, b, h);
     base = at<double>(s.base, b, h);
+    if (form == BiasForm::two_sided) {
+      w2 = at<S>(s.w, b, h + p.H);
+      base2 = at<double>(s.base, b, h + p.H);
+    }
     mapped = is_mapped(s);
     raw_table = at<S>(s.table, 0, h);
     if (expanded) {
@@ -118,15 +123,18 @@ struct BlockBias {
   alignas(64) S gm[kBM];       // row weight
   alignas(64) S uloc[kBM];     // u = ubase + uloc
   alignas(64) double ubase[kBM];
+  alignas(64) S uloc2[kBM];    // the same of two_sided's future
+  alignas(64) double ubase2[kBM];
 
   void init(const HeadBias<S>& hb, int64_t i0, int64_t rows, int64_t I0) {
-    if (!(pos::is_rel_fn(hb.form) || hb.form == BiasForm::fire || hb.mapped)) return;
+    if (!(pos::is_rel_fn(hb.form) || hb.form == BiasForm::fire || hb.form == BiasForm::two_sided || hb.mapped)) return;
     for (int64_t l = 0; l < kBM; ++l) {
       const int64_t r = l < rows ? l : rows - 1;
       gm[l] = hb.gamma ? hb.gamma[(i0 + r) * hb.gamma_step] : S(1);
       if (hb.u) { uloc[l] = hb.u[i0 + r]; ubase[l] = 0; }
       else if (hb.w) { uloc[l] = hb.w[I0 + r]; ubase[l] = hb.base ? hb.base[(I0 + r) / kPrefixBlock] : 0; }
       else { uloc[l] = S(l); ubase[l] = double(I0); }
+      if (hb.w2) { uloc2[l] = hb.w2[I0 + r]; ubase2[l] = hb.base2 ? hb.base2[(I0 + r) / kPrefixBlock] : 0; }
     }
   }
 };
@@ -139,8 +147,11 @@ struct TileBias {
   alignas(64) S r[kBM];  // u relative to the tile's anchor
   alignas(64) S g[kBM];  // row weight * log2 e; rank1: times the slope, b = g * (r - y)
   alignas(64) S y[kMaxBN];  // key position relative to the anchor, by key of the tile
+  alignas(64) S r2[kBM];     // twin: r and y of the future; key j of lane l is past where l + diagonal >= j
+  alignas(64) S y2[kMaxBN];
   const S* table = nullptr;  // at offset I0 - j0: lane l, key j reads table[l - j]
   S ymin = 0, ymax = 0;
+  int64_t diagonal = 0;
 
   // Keys [j0 + js, j0 + je) of a tile whose anchor is j0.
   void init(const HeadBias<S>& hb, const BlockBias<S>& bb, const AttnParams& p, int64_t I0, int64_t lanes, int64_t j0, int64_t js, int64_t je) {
@@ -154,12 +165,23 @@ struct TileBias {
     }
     p0 = hb.p0;
     p1 = hb.p1;
+    diagonal = I0 - j0;
+    const S* w = hb.w;
+    const double* base = hb.base;
+    const S* uloc = bb.uloc;
+    const double* ubase = bb.ubase;
+    const bool future = form == BiasForm::two_sided && js > diagonal + lanes - 1;
+    if (form == BiasForm::two_sided) {
+      if (future) w = hb.w2, base = hb.base2, uloc = bb.uloc2, ubase = bb.ubase2;
+      else if (je - 1 > diagonal) return twin(hb, bb, lanes, j0, js, je);
+      form = BiasForm::signed_;
+    }
     S w0 = 0;
     double wbase = double(j0);
-    if (hb.w) {
+    if (w) {
       // Positions are taken relative to the tile's first key: large prefixes cancel before any product (bias.md 5.1).
-      w0 = hb.w[j0];
-      wbase = hb.base ? hb.base[j0 / kPrefixBlock] : 0;
+      w0 = w[j0];
+      wbase = base ? base[j0 / kPrefixBlock] : 0;
       // Whole vectors where the tile is whole; the last ones overlap instead of running over.
       using V = Vec<S>;
       constexpr int L = V::kLanes;
@@ -167,14 +189,14 @@ struct TileBias {
       if (je - js >= L) {
         for (int64_t j = js; j < je; j += L) {
           const int64_t x = j + L <= je ? j : je - L;
-          const V v = V::load(hb.w + j0 + x) - V(w0);
+          const V v = V::load(w + j0 + x) - V(w0);
           v.store(y + x);
           lo = min(v, lo);
           hi = max(v, hi);
         }
       } else {
         for (int64_t j = js; j < je; ++j) {
-          y[j] = hb.w[j0 + j] - w0;
+          y[j] = w[j0 + j] - w0;
           lo = min(V(y[j]), lo);
           hi = max(V(y[j]), hi);
         }
@@ -191,9 +213,9 @@ struct TileBias {
       ymin = S(js);
       ymax = S(je - 1);
     }
-    for (int64_t l = 0; l < lanes; ++l) r[l] = S(bb.ubase[l] - wbase) + (bb.uloc[l] - w0);
+    for (int64_t l = 0; l < lanes; ++l) r[l] = S(ubase[l] - wbase) + (uloc[l] - w0);
     if (hb.mapped) return;
-    S a = S(kLog2e);  // rank1: b = a * gm * (u - y)
+    S a = S(future ? -kLog2e : kLog2e);  // rank1: b = a * gm * (u - y)
     kind = form == BiasForm::signed_ ? Kind::rank1 : Kind::form;
     if (form == BiasForm::linear) {
       // One side of the diagonal only: linear in D. Under a causal mask on plain indices D < 0 is invisible.
@@ -220,6 +242,25 @@ struct TileBias {
     if (reach * reduce_max(gmax) <= S(64)) kind = Kind::rank1;
   }
 
+  // A tile of two_sided with keys on both sides of the diagonal.
+  void twin(const HeadBias<S>& hb, const BlockBias<S>& bb, int64_t lanes, int64_t j0, int64_t js, int64_t je) {
+    kind = Kind::twin;
+    const auto side = [&](const S* w, const double* base, const S* uloc, const double* ubase, S* r_, S* y_) {
+      const double wbase = base ? base[j0 / kPrefixBlock] : 0;
+      for (int64_t j = js; j < je; ++j) y_[j] = w[j0 + j] - w[j0];
+      for (int64_t l = 0; l < lanes; ++l) r_[l] = S(ubase[l] - wbase) + (uloc[l] - w[j0]);
+    };
+    side(hb.w, hb.base, bb.uloc, bb.ubase, r, y);
+    side(hb.w2, hb.base2, bb.uloc2, bb.ubase2, r2, y2);
+    for (int64_t l = 0; l < lanes; ++l) g[l] = S(kLog2e) * bb.gm[l];
+  }
+  // u_i - w_j where key j is not after query l, else w_j - u_i.
+  FASTPE_INLINE Vec<S> twin_distance(int64_t j, int64_t l, Vec<S> r_, Vec<S> r2_) const {
+    using V = Vec<S>;
+    const Mask<S> past = V::iota() + V(S(l + diagonal)) >= V(S(j));
+    return select(past, r_ - V(y[j]), V(y2[j]) - r2_);
+  }
+
   // An upper bound of the bias over the tile's keys, for one vector of queries.
   FASTPE_INLINE Vec<S> upper(const HeadBias<S>& hb, int64_t l, int64_t I0, int64_t j_first, int64_t j_last) const {
     using V = Vec<S>;
@@ -233,6 +274,7 @@ struct TileBias {
       if (tmax < 0) return V::load(hb.env + (I0 - j_first) + l);
       return V(kInf<S>);
     }
+    if (kind == Kind::twin) return V(kInf<S>);  // the diagonal's tiles are never skipped
     V out = V(S(0));
     if (kind == Kind::form)
       pos::with_form(form, [&](auto phi) {
@@ -250,11 +292,12 @@ struct TileBias {
 template <Kind K, class Phi, class S>
 struct ScoreAt {
   using V = Vec<S>;
-  V c, offset, r, g;
+  V c, offset, r, g, r2;
 
   FASTPE_INLINE ScoreAt() {}
   FASTPE_INLINE ScoreAt(const TileBias<S>& t, int64_t l, V c_, V offset_) : c(c_), offset(offset_) {
-    if constexpr (K == Kind::rank1 || K == Kind::steep || K == Kind::form) { r = V::load(t.r + l); g = V::load(t.g + l); }
+    if constexpr (K == Kind::rank1 || K == Kind::steep || K == Kind::form || K == Kind::twin) { r = V::load(t.r + l); g = V::load(t.g + l); }
+    if constexpr (K == Kind::twin) r2 = V::load(t.r2 + l);
     if constexpr (K == Kind::rank1) { r = fma(g, r, offset); g = V(S(0)) - g; }
   }
   FASTPE_INLINE V operator()(const TileBias<S>& t, int64_t j, int64_t l, V score) const {
@@ -262,6 +305,7 @@ struct ScoreAt {
     if constexpr (K == Kind::rank1) return fma(score, c, fma(g, V(t.y[j]), r));
     if constexpr (K == Kind::steep) return fma(g, r - V(t.y[j]), fma(score, c, offset));
     if constexpr (K == Kind::table) return fma(score, c, V::load(t.table + l - j) + offset);
+    if constexpr (K == Kind::twin) return fma(g, t.twin_distance(j, l, r, r2), fma(score, c, offset));
     if constexpr (K == Kind::form) return fma(score, c, fma(g, Phi::value(r - V(t.y[j]), V(t.p0), V(t.p1)), offset));
   }
 };
@@ -275,6 +319,7 @@ FASTPE_INLINE void with_kind(Kind kind, BiasForm form, Fn&& f) {
     case Kind::rank1: f(KindTag<Kind::rank1>{}, pos::Phi<BiasForm::signed_>{}); break;
     case Kind::steep: f(KindTag<Kind::steep>{}, pos::Phi<BiasForm::signed_>{}); break;
     case Kind::table: f(KindTag<Kind::table>{}, pos::Phi<BiasForm::signed_>{}); break;
+    case Kind::twin: f(KindTag<Kind::twin>{}, pos::Phi<BiasForm::signed_>{}); break;
     case Kind::form: pos::with_form(form, [&](auto phi) { f(KindTag<Kind::form>{}, phi); }); break;
   }
 }

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
   AttnParams p = read_attn("attn_fwd", a);
   check("attn_fwd", cuda::supported(p.dtype), "the kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()));
-  check("attn_fwd", !pos::has_terms(p.bias) && !p.softcap_bias, "the CUDA kernels do not have this bias yet; bias_form is ", a.bias_form);
+  check("attn_fwd", !pos::has_terms(p.bias) && p.bias.form != BiasForm::two_sided && !p.softcap_bias, "the CUDA kernels do not have this bias yet; bias_form is ", a.bias_form);
   Tensor out = empty_in_order(q, p.B, p.H, p.Nq, p.Dv);
   Tensor lse = empty(q, {p.B, p.H, p.Nq}, aux_type(p.dtype));
   Tensor residual = keep_residual ? empty_in_order(q, p.B, p.H, p.Nq, p.Dv) : none(q, q.scalar_type());
@@ -50,7 +50,7 @@ Grads attn_bwd(
   AttnParams& p = b.fwd;
   check(op, cuda::supported(p.dtype), "the kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()));
   check(op, !(needs & ~cuda::kSupportedNeeds), "these kernels have no gradient of a bias table");
-  check(op, !pos::has_terms(p.bias) && !p.softcap_bias, "the CUDA kernels do not have this bias yet; bias_form is ", a.bias_form);
+  check(op, !pos::has_terms(p.bias) && p.bias.form != BiasForm::two_sided && !p.softcap_bias, "the CUDA kernels do not have this bias yet; bias_form is ", a.bias_form);
   check(op, !beyond_bands(p), "the CUDA kernels do not have regions, intervals, segments or block maps yet");
   const Call c{op, q};
   const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);

@@ -1072,28 +1072,43 @@ class KernelCable(_Cumulative):
 
 @_define
 class Forget(_Cumulative):
-    """The forgetting gates of FoX, arXiv 2503.02130: b = L_I - L_j, L the prefix sum of log f. Causal.
+    """The forgetting gates of FoX, arXiv 2503.02130: b = L_I - L_j, L the prefix sum of log f. Causal, or with gates for each side.
 
     Args:
         log_gates: log f <= 0 of each token, (B, H, Nk) float, float32 even under autocast; or their `Prefix`.
         seq_start: first token of each row when batches are padded on the left, (B,) integers: gates before it do not
             count. The padded keys themselves are hidden by `fastpe.mask.padding`. Not with a Prefix.
+        future_log_gates: log f of the keys after the query, as log_gates: b = R_j - R_I for j > I, R their prefix sum
+            (x-transformers' bidirectional data-dependent ALiBi). Default: keys after the query are to be hidden.
 
     >>> import torch, fastpe
     >>> q, z = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, requires_grad=True)
     >>> b = fastpe.bias.Forget(torch.nn.functional.logsigmoid(z))
     >>> fastpe.attention(q, q, q, bias=b, is_causal=True).sum().backward(); z.grad.shape
     torch.Size([1, 2, 6])
+    >>> both = fastpe.bias.Forget(torch.full((1, 2, 6), -0.1), future_log_gates=torch.full((1, 2, 6), -0.5))
+    >>> fastpe.attention(q, q, q, bias=both).shape
+    torch.Size([1, 2, 6, 8])
     """
 
     log_gates: Prefix | Tensor
     seq_start: Tensor | None = None
+    future_log_gates: Prefix | Tensor | None = None
 
     _where = "fastpe.bias.Forget"
     _field = "log_gates"
 
     def __post_init__(self):
         _as_prefix(self._where, "log_gates", self.log_gates)
+        if self.future_log_gates is not None:
+            _as_prefix(self._where, "future_log_gates", self.future_log_gates)
+            if tuple(self.future_log_gates.shape) != tuple(self.log_gates.shape):
+                raise ValueError(
+                    f"{self._where}: future_log_gates must have log_gates' shape {tuple(self.log_gates.shape)}, "
+                    f"got {tuple(self.future_log_gates.shape)}"
+                )
+            if self.seq_start is not None and isinstance(self.future_log_gates, Prefix):
+                raise ValueError(f"{self._where}: seq_start changes the gates before they are summed; give future_log_gates, not a Prefix")
         if self.seq_start is not None:
             _check.is_integer(self._where, "seq_start", self.seq_start)
             if isinstance(self.log_gates, Prefix):
@@ -1103,22 +1118,31 @@ class Forget(_Cumulative):
                     f"{self._where}: seq_start must be (B,) with B = {self.log_gates.shape[0]}, got {_check.shape(self.seq_start)}"
                 )
 
-    def _gates(self) -> Prefix | Tensor:
-        x = self.log_gates
+    def _gates(self, x: Prefix | Tensor) -> Prefix | Tensor:
         if self.seq_start is None:
             return x
         before = torch.arange(x.shape[-1], device=x.device) < self.seq_start[:, None, None]
         return torch.where(before, torch.zeros_like(x), x)
 
-    def _prefix(self) -> Prefix:
-        x = self._gates()
-        return x if isinstance(x, Prefix) else prefix_sum(x)
-
     def op_args(self, call: Call) -> OpBias:
-        return _relative(call, self._where, "signed", None, None, self._prefix(), None, ("", self._field))
+        sides = []
+        for what in ("log_gates", "future_log_gates"):
+            x = getattr(self, what)
+            if x is not None:
+                x = self._gates(x)
+                c = x if isinstance(x, Prefix) else prefix_sum(x)
+                sides.append(_relative(call, self._where, "signed", None, None, c, None, ("", what)))
+        if len(sides) == 1:
+            return sides[0]
+        w, base = (torch.cat([getattr(side, what).expand(-1, call.H, -1) for side in sides], 1) for what in ("w", "base"))
+        return OpBias(FORMS["two_sided"], w=w, base=base)
 
     def materialize(self, call: Call) -> Tensor:
-        return _dense_difference(call, self._where, None, _dense_prefix(self._gates()))
+        past = _dense_difference(call, self._where, None, _dense_prefix(self._gates(self.log_gates)))
+        if self.future_log_gates is None:
+            return past
+        future = _dense_difference(call, self._where, None, _dense_prefix(self._gates(self.future_log_gates)))
+        return torch.where(call.distance() >= 0, past, -future)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

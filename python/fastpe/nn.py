@@ -297,6 +297,9 @@ class ForgetBias(torch.nn.Module):
         std: of the initial weights N(0, std); the bias starts at 0.
         decay_times: (shortest, longest) half-open memory times in tokens: the gates then do not depend on the text, each
             head keeps -log(expm1(1 / T_h)) with T_h spaced logarithmically between them, as a learnable parameter.
+        bidirectional: gates of their own for the keys after the query (x-transformers): 2 * heads of them, the first
+            `heads` for the past. Not with decay_times.
+        gate_bias: initial bias of the gates, 0 in FoX, 5 in x-transformers.
 
     >>> import torch, fastpe
     >>> x, q = torch.randn(1, 6, 32), torch.randn(1, 4, 6, 8)
@@ -306,16 +309,26 @@ class ForgetBias(torch.nn.Module):
     """
 
     def __init__(
-        self, d_model: int, heads: int, *, std: float = 0.02, decay_times: tuple[float, float] | None = None
+        self,
+        d_model: int,
+        heads: int,
+        *,
+        std: float = 0.02,
+        decay_times: tuple[float, float] | None = None,
+        bidirectional: bool = False,
+        gate_bias: float = 0.0,
     ):
         super().__init__()
         where = "fastpe.nn.ForgetBias"
         self.d_model = _check.count(where, "d_model", d_model, 1)
         self.std = _check.number(where, "std", std, positive=True)
+        self.gate_bias = _check.number(where, "gate_bias", gate_bias)
         _heads(where, heads)
-        self.decay_times = decay_times
+        self.decay_times, self.bidirectional = decay_times, bidirectional
         if decay_times is None:
-            self.gate = torch.nn.Linear(d_model, heads)
+            self.gate = torch.nn.Linear(d_model, 2 * heads if bidirectional else heads)
+        elif bidirectional:
+            raise NotImplementedError(f"{where}: decay_times does not go with bidirectional; use gates of the text")
         else:
             if not isinstance(decay_times, (tuple, list)) or len(decay_times) != 2:
                 raise ValueError(f"{where}: decay_times must be (shortest, longest), got {decay_times!r}")
@@ -328,7 +341,7 @@ class ForgetBias(torch.nn.Module):
     def reset_parameters(self) -> None:
         if self.decay_times is None:
             torch.nn.init.normal_(self.gate.weight, 0.0, self.std)
-            torch.nn.init.zeros_(self.gate.bias)
+            torch.nn.init.constant_(self.gate.bias, self.gate_bias)
             return
         low, high = (math.log(t) for t in self.decay_times)
         times = torch.linspace(low, high, self.logit.shape[0], dtype=torch.float64).exp()
@@ -342,7 +355,8 @@ class ForgetBias(torch.nn.Module):
 
         Args:
             x: (B, N, d_model); with `past`, of the new tokens only.
-            past: the prefix of the tokens in the cache (`bias.log_gates` of the step before); decoding, no gradient.
+            past: the prefix of the tokens in the cache (`bias.log_gates` of the step before); decoding, no gradient. Not
+                with bidirectional gates.
             seq_start: (B,) integers, first real token of rows padded on the left. Not with `past`.
         """
         where = "fastpe.nn.ForgetBias"
@@ -352,9 +366,14 @@ class ForgetBias(torch.nn.Module):
         else:
             z = self.logit.float()[None, :, None].expand(x.shape[0], -1, x.shape[1])
         gates = F.logsigmoid(z)
-        if seq_start is not None:
+        if seq_start is not None and past is not None:
+            raise ValueError(f"{where}: seq_start belongs to the first tokens, and past holds those already")
+        if self.bidirectional:
             if past is not None:
-                raise ValueError(f"{where}: seq_start belongs to the first tokens, and past holds those already")
+                raise NotImplementedError(f"{where}: past does not go with bidirectional gates, which see the whole text")
+            behind, ahead = gates.chunk(2, dim=1)
+            return bias.Forget(behind, seq_start, ahead)
+        if seq_start is not None:
             return bias.Forget(gates, seq_start)
         return bias.Forget(prefix_sum(gates) if past is None else past.append(gates))
 

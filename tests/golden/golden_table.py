@@ -131,22 +131,9 @@ def _fox(a, leaf, watch):
 
 
 def _fox_both_sides(a, leaf, watch):
-    """Two calls, one for each side, joined by their lse: the sides decay by different gates."""
     gates = watch("log_fgate", F.logsigmoid(leaf("fgate_logit")))
     past, future = gates.chunk(2, dim=1)
-    n = gates.shape[-1]
-    after = mask.dense(torch.ones(n, n, dtype=torch.bool).triu(1))
-
-    def run(attention, q, k, v, **kwargs):
-        parts = [
-            attention(q, k, v, bias=bias.Forget(past), is_causal=True, return_lse=True, **kwargs),
-            attention(q, k, v, bias=bias.Forget(-future), mask=after, return_lse=True, **kwargs),
-        ]
-        lse = torch.logaddexp(parts[0][1], parts[1][1])
-        out = sum(torch.exp(part - lse)[..., None] * out for out, part in parts)
-        return out.to(q.dtype), lse
-
-    return {"run": run}
+    return {"bias": bias.Forget(past, future_log_gates=future)}
 
 
 def _swa(a, leaf, watch):

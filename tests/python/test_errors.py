@@ -194,6 +194,8 @@ TABLE = [
     (bias_call(lambda: bias.Alibi(8, row_term=False), is_causal=True, sink=t(H)), NotImplementedError, ATT + "sink does not go with a bias without its row term, Alibi: the sink's share of a row depends on it; use row_term=True"),
     (bias_call(lambda: bias.Alibi(8, row_term=False) + bias.Dense(t(N, N)), is_causal=True, sink=t(H)), NotImplementedError, ATT + "sink does not go with a bias without its row term, Sum: the sink's share of a row depends on it; use row_term=True"),
     (lambda: bias.Forget(ints([[[1]]])), TypeError, "fastpe.bias.Forget: log_gates must be float32, bfloat16, float16 or float64, got int64"),
+    (lambda: bias.Forget(t(2, 3, 4), future_log_gates=t(2, 3, 5)), ValueError, "fastpe.bias.Forget: future_log_gates must have log_gates' shape (2, 3, 4), got (2, 3, 5)"),
+    (lambda: bias.Forget(t(2, 3, 4), ints([0, 1]), fastpe.prefix_sum(t(2, 3, 4))), ValueError, "fastpe.bias.Forget: seq_start changes the gates before they are summed; give future_log_gates, not a Prefix"),
     (lambda: bias.Forget(t(2, 3, 4), ints([0])), ValueError, "fastpe.bias.Forget: seq_start must be (B,) with B = 2, got (1,)"),
     (lambda: bias.RelativeFn("cubic"), ValueError, "fastpe.bias.RelativeFn: kind must be one of linear, signed, abs, log, power, logsq, got 'cubic'"),
     (lambda: bias.RelativeFn("linear"), ValueError, "fastpe.bias.RelativeFn: kind linear takes params (a_plus, a_minus)"),

@@ -70,6 +70,18 @@ def test_forget():
     assert b.log_gates.shape == (2, HEADS, 5)
 
 
+def test_forget_on_both_sides():
+    m = nn.ForgetBias(WIDTH, 2, bidirectional=True, gate_bias=5.0)
+    assert m.gate.weight.shape == (4, WIDTH) and (m.gate.bias == 5).all()
+    x, q = torch.randn(1, 30, WIDTH), torch.randn(1, 2, 30, 8)
+    b = m(x)
+    assert torch.equal(torch.cat([b.log_gates, b.future_log_gates], 1), torch.nn.functional.logsigmoid(m.gate(x).mT))
+    fastpe.attention(q, q, q, bias=b).square().sum().backward()
+    assert m.gate.weight.grad.abs().sum(1).all()
+    with pytest.raises(NotImplementedError, match="past does not go with bidirectional gates"):
+        m(x, b.log_gates)
+
+
 def test_left_padding():
     """Padded on the left or not: real tokens get the same output."""
     m = nn.ForgetBias(WIDTH, 2)

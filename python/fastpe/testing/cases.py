@@ -227,6 +227,11 @@ def _forget(d: _Draw):
     return biases.Forget(F.logsigmoid(z))
 
 
+def _forget_both_sides(d: _Draw):
+    past, future = (F.logsigmoid(d.leaf(name, d.normal(d.case.B, d.case.H, d.case.Nk) + 2)) for name in ("z", "z2"))
+    return biases.Forget(past, future_log_gates=future)
+
+
 def _table(causal: bool):
     def make(d: _Draw):
         return biases.RelativeTable(d.leaf("table", d.normal(d.case.H, 31)), causal)
@@ -268,6 +273,7 @@ BIASES: dict[str, Callable[[_Draw], biases.Bias | None]] = {
     "kernel_cable": _kernel_cable,
     "block_cable": _block_cable,
     "forget": _forget,
+    "forget_both_sides": _forget_both_sides,
     "kerple_weighted": _weighted_kerple,
     "table_positions": _table_positions(False),
     "table_positions_causal": _table_positions(True),
@@ -287,11 +293,12 @@ BIASES: dict[str, Callable[[_Draw], biases.Bias | None]] = {
 }
 # What the CPU kernels compose term by term and the CUDA kernels do not have.
 COMPOSED = {
+    "forget_both_sides",
     "rows_cols", "rows_clipped", "kerple_weighted", "table_positions", "table_positions_causal", "fire", "fire_positions",
     *(name for name in BIASES if name.startswith("dense")),
 }  # fmt: skip
 COMPOSED_SCORE = {"softcap_bias"}
-NEEDS_KEYS = {"dense_and_cable", "alibi_positions", "cable_v1", "cable", "cable_bidirectional", "kernel_cable", "block_cable", "forget"}
+NEEDS_KEYS = {"dense_and_cable", "alibi_positions", "cable_v1", "cable", "cable_bidirectional", "kernel_cable", "block_cable", "forget", "forget_both_sides"}
 
 
 def _documents(d: _Draw):
