@@ -56,7 +56,8 @@ class Bias:
             return getattr(x, "__name__", repr(x)) if callable(x) else repr(x)
 
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        parts = [f"{f.name}={show(getattr(self, f.name))}" for f in fields if getattr(self, f.name) is not None]
+        given = [(f.name, getattr(self, f.name)) for f in fields if not (f.default is True and getattr(self, f.name))]
+        parts = [f"{name}={show(x)}" for name, x in given if x is not None]
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
