@@ -1,38 +1,23 @@
-"""Rotary embedding of q and k against the eager and the compiled formula, and against a plain copy.
+"""Rotary embedding: as a step of its own against the usual formula and a plain copy, and inside attention.
 
-    python benchmarks/rotary.py [--dtype float32 bfloat16] [--rounds 15] [--no-compile] [--json FILE]
-
-Candidates alternate in one process on one thread; figures are medians of ratios of process CPU time, with the quartiles
-in brackets. Every candidate's result is compared with a float64 rotation before it is timed.
+rotate, rotate_inplace: q and k, (B,H,N,D) memory, or (B,N,H,D) with _bnhd, in both pair layouts. "eager" and "compiled
+rotary" are the formula of the LLaMA models; "copy" moves the same bytes. rope: attention with the rotation inside.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
-
-# Freed memory stays in the process: otherwise whoever allocates more pays for fresh pages in every round.
-_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
-if __name__ == "__main__" and any(os.environ.get(k) != v for k, v in _MALLOC.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_MALLOC})
+import itertools
 
 import torch
+from attend import Attention
+from registry import Case, Tensor, Work, Wrong, family
 
 import fastpe
 
-SHAPES = {  # (B, H, Hk, N, D)
-    "S1": (1, 8, 8, 1024, 64),
-    "S2": (1, 8, 8, 4096, 64),
-    "S3": (1, 32, 8, 2048, 128),
-}
+TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2, "fp16": 4e-3}
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
+def rotate_half(x: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
@@ -43,131 +28,108 @@ def apply_rotary_pos_emb(q, k, cos, sin):
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
-def cpu_time(f: Callable[[], object], repeat: int) -> float:
-    start = time.process_time()
-    for _ in range(repeat):
-        f()
-    return (time.process_time() - start) / repeat
-
-
-def measure(candidates: dict[str, Callable[[], object]], rounds: int, seconds: float = 0.04) -> dict[str, list[float]]:
-    repeat = {}
-    for name, f in candidates.items():
-        f()
-        repeat[name] = max(1, int(seconds / max(cpu_time(f, 2), 1e-6)))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, f in candidates.items():
-            times[name].append(cpu_time(f, repeat[name]))
-    return times
-
-
-def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles of a / b, round by round."""
-    q = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
-    return q[1], q[0], q[2]
-
-
-def run_case(shape: str, dtype: torch.dtype, token_major: bool, layout: int, rounds: int, compiled: bool) -> dict:
-    B, H, Hk, N, D = SHAPES[shape]
+def _rotation(case: Case, wanted: frozenset[str], layout: str, bnhd: bool, in_place: bool) -> Work:
+    s, dtype, device = case.shape, case.torch_dtype, case.device
     g = torch.Generator().manual_seed(0)
 
-    def make(heads: int) -> torch.Tensor:
-        size = (B, N, heads, D) if token_major else (B, heads, N, D)
-        x = torch.randn(size, generator=g).to(dtype)
-        return x.transpose(1, 2) if token_major else x
+    def draw(heads: int) -> Tensor:
+        x = torch.randn((s.B, s.Nk, heads, s.D) if bnhd else (s.B, heads, s.Nk, s.D), generator=g).to(device, dtype)
+        return x.transpose(1, 2) if bnhd else x
 
-    q, k = make(H), make(Hk)
-    inv_freq = 10000.0 ** (-torch.arange(D // 2, dtype=torch.float64) / (D // 2))
-    positions = torch.arange(N, dtype=torch.float64)
-    table = torch.ops.fastpe.rope_table(positions.view(1, 1, N), inv_freq.view(1, 1, -1), 1.0, False, False)
+    q, k = draw(s.H), draw(s.Hk)
+    inv_freq = 10000.0 ** (-torch.arange(s.D // 2, dtype=torch.float64, device=device) / (s.D // 2))
+    positions = torch.arange(s.Nk, dtype=torch.float64, device=device)
     angle = positions[:, None] * inv_freq
-    full = torch.cat((angle, angle), dim=-1) if layout == 0 else angle.repeat_interleave(2, dim=-1)
+    # A model prepares its table once, and so do both sides here.
+    table = torch.ops.fastpe.rope_table(positions.view(1, 1, -1), inv_freq.view(1, 1, -1), 1.0, False, False)
+    which = {"half": 0, "interleaved": 1}[layout]
+    wide = torch.cat((angle, angle), -1)
+    cos, sin = wide.cos().to(dtype)[None], wide.sin().to(dtype)[None]
+    compiled = torch.compile(apply_rotary_pos_emb, dynamic=False)
+    qi, ki, qc, kc = q.clone(), k.clone(), torch.empty_like(q), torch.empty_like(k)
+    inverse = itertools.cycle((False, True))
 
-    # With the interleaved layout the eager formula stays that of the half layout: the usual code has no faster one.
-    half_cos = torch.cat((angle, angle), -1).cos().to(dtype)[None]
-    half_sin = torch.cat((angle, angle), -1).sin().to(dtype)[None]
-    candidates: dict[str, Callable[[], object]] = {
-        "eager": lambda: apply_rotary_pos_emb(q, k, half_cos, half_sin),
-        "fastpe": lambda: torch.ops.fastpe.rotate_pair(q, k, table, table, layout, False),
-    }
-    if compiled:
-        torch.compiler.reset()  # past its limit of recompilations the compiler would quietly run the eager formula
-        f = torch.compile(apply_rotary_pos_emb, dynamic=False)
-        candidates["compiled"] = lambda: f(q, k, half_cos, half_sin)
+    def forth_and_back():
+        torch.ops.fastpe.rotate_pair_(qi, ki, table, table, which, next(inverse))  # values stay what they are
+        return qi, ki
 
-    def exact(x: torch.Tensor) -> torch.Tensor:
-        x = x.double()
-        if layout == 0:
-            return x * full.cos() + rotate_half(x) * full.sin()
-        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
-        return x * full.cos() + turned * full.sin()
+    def copy():
+        return qc.copy_(q), kc.copy_(k)
 
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
-    for got, x in zip(candidates["fastpe"](), (q, k), strict=True):
-        torch.testing.assert_close(got.double(), exact(x), rtol=0, atol=tolerance * float(x.abs().max()))
-    if layout == 0:
-        for got, x in zip(candidates["eager"](), (q, k), strict=True):
-            torch.testing.assert_close(got.double(), exact(x), rtol=0, atol=4 * tolerance * float(x.abs().max()) + 1e-3)
-
-    # In place: forth and back again, so that values stay what they are; each call counts once.
-    qi, ki = q.clone(), k.clone()
-    state = {"inverse": False}
-
-    def in_place() -> None:
-        torch.ops.fastpe.rotate_pair_(qi, ki, table, table, layout, state["inverse"])
-        state["inverse"] = not state["inverse"]
-
-    candidates["fastpe in place"] = in_place
-    qc, kc = torch.empty_like(q), torch.empty_like(k)
-
-    def copy() -> None:
-        qc.copy_(q)
-        kc.copy_(k)
-
-    candidates["copy"] = copy
-    t = measure(candidates, rounds)
-    bytes_moved = 2 * (q.numel() + k.numel()) * q.element_size()
-    peers = [p for p in ("eager", "compiled") if p in t]
-    return {
-        "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "order": "BNHD" if token_major else "BHND",
-        "layout": "interleaved" if layout else "half",
-        "out_of_place": {p: ratio(t[p], t["fastpe"]) for p in peers},
-        "in_place": {p: ratio(t[p], t["fastpe in place"]) for p in peers},
-        "share_of_copy": {"out_of_place": ratio(t["copy"], t["fastpe"]), "in_place": ratio(t["copy"], t["fastpe in place"])},
-        "gb_per_s": {name: bytes_moved / statistics.median(v) / 1e9 for name, v in t.items()},
+    # With the interleaved layout the peers keep the half layout: the usual code has nothing faster for it.
+    calls = {
+        "fastpe": forth_and_back if in_place else lambda: torch.ops.fastpe.rotate_pair(q, k, table, table, which, False),
+        "eager": lambda: apply_rotary_pos_emb(q, k, cos, sin),
+        "compiled rotary": lambda: compiled(q, k, cos, sin),
+        "copy": copy,
     }
 
+    def exact(x: Tensor, layout: str) -> Tensor:
+        rope = fastpe.rope.default(s.D, layout=layout)
+        return fastpe.reference.apply_rotary(x, rope)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", help="write the figures to this file")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    print(f"instruction set {fastpe.info()['isa']}, torch {torch.__version__}; times of the peer divided by fastpe's")
-    for shape in args.shape:
-        for dtype in args.dtype:
-            for token_major in (False, True):
-                for layout in (0, 1):
-                    r = run_case(shape, getattr(torch, dtype), token_major, layout, args.rounds, not args.no_compile)
-                    rows.append(r)
+    def check(name: str) -> float:
+        if name == "copy":
+            return 0.0
+        if name == "fastpe" and in_place:
+            calls["fastpe"]()
+            got = qi.clone(), ki.clone()
+            calls["fastpe"]()
+        else:
+            got = calls[name]()
+        worst = 0.0
+        for y, x in zip(got, (q, k), strict=True):
+            error = ((y.double() - exact(x, layout if name == "fastpe" else "half")).abs().max() / x.abs().max()).item()
+            allowed = TOLERANCE[case.dtype] if name == "fastpe" else 4 * TOLERANCE[case.dtype] + 1e-3
+            if not error <= allowed:
+                raise Wrong(f"error {error:.2g} of the largest entry, allowed {allowed:.2g}")
+            worst = max(worst, error)
+        return worst
 
-                    def show(d: dict) -> str:
-                        return "  ".join(f"{p} {m:5.2f} [{lo:.2f}, {hi:.2f}]" for p, (m, lo, hi) in d.items())
-
-                    print(f"{r['shape']} {r['dtype']:8} {r['order']} {r['layout']:11} out of place: {show(r['out_of_place'])} | in place: {show(r['in_place'])}"
-                          f" | of copy: {r['share_of_copy']['out_of_place'][0]:.2f}, {r['share_of_copy']['in_place'][0]:.2f}", flush=True)
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump({"info": fastpe.info(), "rows": rows}, f, indent=1)
+    moved = 2.0 * (q.numel() + k.numel()) * q.element_size()
+    return Work({n: f for n, f in calls.items() if n in wanted or n == "fastpe"}, check, bytes=moved)
 
 
-if __name__ == "__main__":
-    main()
+for _in_place, _bnhd, _layout in itertools.product((False, True), (False, True), ("half", "interleaved")):
+    _name = "rotate" + "_inplace" * _in_place + "_bnhd" * _bnhd + "_interleaved" * (_layout == "interleaved")
+    family(_name, peers=("eager", "compiled rotary", "copy"), passes=("fwd",))(
+        lambda case, wanted, a=(_layout, _bnhd, _in_place): _rotation(case, wanted, *a)
+    )
+
+
+class _Prepared(fastpe.Rope):
+    """A rope whose tables a model formed beforehand."""
+
+    def tables(self, *args, **kwargs):
+        return self.ready, self.ready
+
+
+@family("rope", peers=("fastpe none", "fastpe tables", "separate", "separate eager"))
+def rope(case: Case, wanted: frozenset[str]) -> Work:
+    """Rotation inside attention: "fastpe tables" reads cos and sin that a model prepared, "separate" turns q and k
+    beforehand, "separate eager" does so by the usual formula."""
+    s = case.shape
+    r = fastpe.rope.default(s.D)
+    a = Attention(case, wanted, kwargs=lambda p, rows: {"rope": r})
+    a.add("fastpe none", lambda: a.fused(), kwargs=lambda p, rows: {})
+    positions = torch.arange(s.Nk, dtype=torch.float64, device=case.device)
+    table = torch.ops.fastpe.rope_table(positions.view(1, 1, -1), r.inv_freq.to(case.device).view(1, 1, -1), 1.0, False, False)
+    prepared = _Prepared(r.inv_freq)
+    object.__setattr__(prepared, "ready", table)
+    a.add("fastpe tables", lambda: a.fused(rope=prepared))
+
+    def separate() -> Tensor:
+        q, k = fastpe.apply_rotary_pair(a.q, a.k, r)
+        return fastpe.attention(q, k, a.v, is_causal=True)
+
+    a.add("separate", separate)
+    angle = positions[:, None] * r.inv_freq.to(case.device)
+    wide = torch.cat((angle, angle), -1)
+    cos, sin = wide.cos().to(case.torch_dtype)[None], wide.sin().to(case.torch_dtype)[None]
+
+    def usual() -> Tensor:
+        q, k = apply_rotary_pos_emb(a.q, a.k, cos, sin)
+        return fastpe.attention(q, k, a.v, is_causal=True)
+
+    a.add("separate eager", usual)
+    return a.work()
