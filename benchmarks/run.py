@@ -34,7 +34,7 @@ from tqdm import tqdm  # noqa: E402
 
 import fastpe  # noqa: E402
 
-import biases, decode, rotary, threads  # noqa: E401, E402, F401  isort: skip  each registers its families
+import biases, decode, regions, rotary, threads  # noqa: E401, E402, F401  isort: skip  each registers its families
 
 LENGTHS = (512, 1024, 2048, 4096)
 

@@ -78,6 +78,9 @@ def cpu() -> list[Target]:
         add("skipping", "alibi, 16384 tokens, against no bias", f"alibi_skip/S2x4/{dt}/fwd/cpu", "time fastpe none", 2.0)
         case = f"documents/S2/{dt}/fwd/cpu"
         add("documents", "512 in 4096 against FlexAttention with a block mask", case, "time flex", 1.5)
+        for method, most in (("self_extend", 1.08), ("dual_chunk", 1.03)):
+            case = f"{method}/S2/{dt}/fwd/cpu"
+            add("regions", f"{method} against one region", case, "cost fastpe one region", most, at_most=True)
     for dt, goal in _both((1.8, 2.0)):
         case = f"decode/D8/{dt}/fwd/cpu"
         add("decode", "against the best of packed SDPA, products, compiled", case, "time packed | bmm | compiled", goal)
