@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from registry import PASSES, Case, Tensor, Work, Wrong
 
@@ -105,7 +106,7 @@ class Attention:
             self.add("mask", lambda: sdpa(self.q, self.k, self.v, attn_mask=b))
         if "compiled" in self.wanted:
             names = list(self.params)
-            torch._functorch.config.donated_buffer = self.case.pass_ != "bwd"  # the pass that keeps its graph
+            functorch.donated_buffer = self.case.pass_ != "bwd"  # the pass that keeps its graph
 
             @torch.compile(dynamic=False)
             def formula(q, k, v, *params):

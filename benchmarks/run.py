@@ -14,14 +14,12 @@ peer. benchmarks/report.py makes tables and pictures of the results and compares
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
 import pathlib
 import sys
 import time
 
-from timing import interleave, keep_freed_memory, limits, machine, peak_extra_bytes
+from timing import interleave, keep_freed_memory, limits, machine, peak_extra_bytes, write_json
 
 if __name__ == "__main__":
     keep_freed_memory()
@@ -34,7 +32,7 @@ from tqdm import tqdm  # noqa: E402
 
 import fastpe  # noqa: E402
 
-import biases, decode, regions, rotary, threads  # noqa: E401, E402, F401  isort: skip  each registers its families
+import biases, decoding, regions, rotary, threads  # noqa: E401, E402, F401  isort: skip  each registers its families
 
 LENGTHS = (512, 1024, 2048, 4096)
 
@@ -221,7 +219,6 @@ def run(cases: dict[Case, frozenset[str]], options: dict, out: pathlib.Path, dev
     if kind != "done":
         raise SystemExit(f"benchmarks: {facts[0]}")
     payload = {"suite": name, "machine": facts[0], "settings": options, "cases": [], "targets": []}
-    out.parent.mkdir(parents=True, exist_ok=True)
     # Work ahead in FLOP, so that the time left is about right; a case costs as much as 20 GFLOP before any product.
     effort = {c: 20e9 + (len(w) + 1) * options["rounds"] * registry.PASSES[c.pass_] * c.shape.flop for c, w in cases.items()}
     done = {}
@@ -234,7 +231,7 @@ def run(cases: dict[Case, frozenset[str]], options: dict, out: pathlib.Path, dev
             payload["cases"] = list(done.values())
             if name == "targets":
                 payload["targets"] = promised.evaluate(promised.cpu() if device == "cpu" else promised.cuda(), done)
-            _write(out, payload)
+            write_json(out, payload)
             (bar.write if sys.stderr.isatty() else print)(describe(done[c.name]))
             sys.stdout.flush()
             bar.update(effort[c])
@@ -251,12 +248,6 @@ def run(cases: dict[Case, frozenset[str]], options: dict, out: pathlib.Path, dev
 def _machine(device: str, threads: int, say) -> dict:
     torch.set_num_threads(threads)
     return machine(device)
-
-
-def _write(out: pathlib.Path, payload: dict) -> None:
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(payload, indent=1) + "\n")
-    os.replace(part, out)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

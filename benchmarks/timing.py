@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import os
+import pathlib
 import platform
 import statistics
 import subprocess
@@ -204,3 +206,12 @@ def machine(device: str = "cpu") -> dict[str, object]:
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return facts
+
+
+def write_json(path: str | pathlib.Path, payload: dict) -> None:
+    """Takes the place of `path` when all of it is written."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(payload, indent=1) + "\n")
+    os.replace(part, path)
