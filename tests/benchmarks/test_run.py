@@ -156,7 +156,7 @@ def test_peers_that_raise_die_or_hang_are_rows():
 
     ways = {
         "raises": lambda a: a.q.nonsense,
-        "dies": lambda a: os.kill(os.getpid(), 11),
+        "dies": lambda a: os.kill(os.getpid(), 9),
         "hangs": hang,
     }
 
@@ -171,12 +171,12 @@ def test_peers_that_raise_die_or_hang_are_rows():
     rows = by_candidate(result)
     assert rows["fastpe"]["status"] == "ok" and rows["fastpe"]["median_s"] > 0
     assert rows["raises"]["status"] == "failed" and "nonsense" in rows["raises"]["message"]
-    assert rows["dies"]["status"] == "crashed" and "-11" in rows["dies"]["message"]
+    assert rows["dies"]["status"] == "crashed" and "-9" in rows["dies"]["message"]
     assert rows["hangs"]["status"] == "crashed" and "no result after 8 s" in rows["hangs"]["message"]
 
 
 def test_fastpe_that_dies_is_a_row(monkeypatch, tmp_path):
-    monkeypatch.setattr(fastpe, "attention", lambda *a, **k: os.kill(os.getpid(), 11))
+    monkeypatch.setattr(fastpe, "attention", lambda *a, **k: os.kill(os.getpid(), 9))
     _, run = command(tmp_path, "none/XS/fp32/fwd/cpu")
     assert by_candidate(run["cases"][0])["fastpe"]["status"] == "failed"
 
