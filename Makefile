@@ -5,14 +5,16 @@
 # make clean    remove what was built; make distclean removes .venv too
 #
 # Variables: PYTHON (the interpreter to start from), PIP_ARGS (added to every pip install, for instance an index with
-# CPU builds of torch), PYTEST_ARGS, DEMO_ARGS, DEV_ISAS (for make dev: compile "avx2;generic" only, say), BIN (the folder
-# of the python that make dev uses).
+# CPU builds of torch), PYTEST_ARGS, DEMO_ARGS, DEV_ISAS (for make dev: compile "avx2;generic" only, say), DEV_CUDA (for
+# make dev: ON compiles the CUDA kernels too), BIN (the folder of the python that make dev uses).
 
 PYTHON ?= python3
 VENV := .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?= -q -n 2
 DEMO_ARGS ?= --quick
+
+DEV_CUDA ?= OFF
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -37,7 +39,7 @@ wheel: $(VENV)/.build
 
 # No dependency on $(VENV): BIN may name another environment.
 dev:
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python" $(if $(DEV_ISAS),"-DFASTPE_ISAS=$(DEV_ISAS)")
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python" "-DFASTPE_CUDA=$(DEV_CUDA)" $(if $(DEV_ISAS),"-DFASTPE_ISAS=$(DEV_ISAS)")
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/dev
 	PATH="$(abspath $(BIN)):$$PATH" cmake --install build/dev --prefix python
 

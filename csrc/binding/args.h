@@ -480,6 +480,40 @@ inline RotateParams read_rotate(const char* op, const char* name, const Tensor& 
   return p;
 }
 
+// Contiguous positions (A, B|1, N) and inv_freq (A, H|1, J).
+inline RopeTableParams read_rope_table(const char* op, const Tensor& x, const Tensor& w, double amplitude, bool float32_product, bool out_f64) {
+  const Call c{op, x};
+  check_device(c, "inv_freq", w);
+  check_dtype(c, "positions", x, ScalarType::Double);
+  check_dtype(c, "inv_freq", w, ScalarType::Double);
+  check(op, x.dim() == 3, "positions must be of shape (axes, B or 1, N), got ", shape_of(x));
+  check(op, w.dim() == 3, "inv_freq must be of shape (axes, H or 1, J), got ", shape_of(w));
+  check(op, x.size(0) == w.size(0), "positions have ", x.size(0), " axes, inv_freq has ", w.size(0));
+  RopeTableParams p;
+  p.out_f64 = out_f64;
+  p.A = x.size(0), p.B = x.size(1), p.N = x.size(2), p.H = w.size(1), p.J = w.size(2);
+  check(op, p.A >= 1, "positions must have at least one axis, got ", shape_of(x));
+  p.positions = static_cast<const double*>(x.const_data_ptr());
+  p.inv_freq = static_cast<const double*>(w.const_data_ptr());
+  p.float32_product = float32_product;
+  p.amplitude = amplitude;
+  return p;
+}
+
+// Sums along the last axis of a contiguous x.
+inline PrefixParams read_prefix(const char* op, const Tensor& x, bool reverse) {
+  const ScalarType t = x.scalar_type();
+  check(op, t == ScalarType::Float || t == ScalarType::Double, "x must be float32 or float64, got ", dtype_name(t));
+  check(op, x.dim() >= 1, "x must have at least one axis");
+  PrefixParams p;
+  p.f64 = t == ScalarType::Double;
+  p.N = x.size(x.dim() - 1);
+  p.rows = p.N ? x.numel() / p.N : 0;
+  p.x = x.const_data_ptr();
+  p.reverse = reverse;
+  return p;
+}
+
 // A tensor that is written in place must not hold one element under two indices.
 inline void check_writable(const char* op, const char* name, const Tensor& x) {
   for (int64_t d = 0; d < x.dim(); ++d)

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
+
 #include "core/params.h"
 #include "core/tiles.h"
 #include "cpu/dispatch.h"
@@ -21,7 +23,11 @@ py::dict build_info() {
   d["compiler"] = FASTPE_COMPILER;
   d["stable_abi"] = FASTPE_STABLE_ABI;
   d["isas"] = cpu::built_isas();
-  d["cuda_architectures"] = std::vector<std::string>{};
+  // "80 90a-real": the word before the dash of each.
+  std::vector<std::string> architectures;
+  std::istringstream built(FASTPE_CUDA_BUILT);
+  for (std::string word; built >> word;) architectures.push_back(word.substr(0, word.find('-')));
+  d["cuda_architectures"] = architectures;
   return d;
 }
 

@@ -114,23 +114,8 @@ Grads attn_bwd(
 // ---- rotation ---------------------------------------------------------------------------------------------------
 
 Tensor rope_table(Tensor positions, Tensor inv_freq, double amplitude, bool float32_product, bool out_f64) {
-  const char* op = "rope_table";
-  const Call c{op, positions};
-  check_device(c, "inv_freq", inv_freq);
-  check_dtype(c, "positions", positions, ScalarType::Double);
-  check_dtype(c, "inv_freq", inv_freq, ScalarType::Double);
-  check(op, positions.dim() == 3, "positions must be of shape (axes, B or 1, N), got ", shape_of(positions));
-  check(op, inv_freq.dim() == 3, "inv_freq must be of shape (axes, H or 1, J), got ", shape_of(inv_freq));
-  check(op, positions.size(0) == inv_freq.size(0), "positions have ", positions.size(0), " axes, inv_freq has ", inv_freq.size(0));
   const Tensor x = torch::stable::contiguous(positions), w = torch::stable::contiguous(inv_freq);
-  RopeTableParams p;
-  p.out_f64 = out_f64;
-  p.A = x.size(0), p.B = x.size(1), p.N = x.size(2), p.H = w.size(1), p.J = w.size(2);
-  check(op, p.A >= 1, "positions must have at least one axis, got ", shape_of(positions));
-  p.positions = static_cast<const double*>(x.const_data_ptr());
-  p.inv_freq = static_cast<const double*>(w.const_data_ptr());
-  p.float32_product = float32_product;
-  p.amplitude = amplitude;
+  RopeTableParams p = read_rope_table("rope_table", x, w, amplitude, float32_product, out_f64);
   Tensor table = empty(positions, {2, p.B, p.H, p.N, p.J}, out_f64 ? ScalarType::Double : ScalarType::Float);
   if (table.numel() > 0) {
     p.cos = table.mutable_data_ptr();
@@ -196,19 +181,6 @@ void rotate_pair_(Tensor q, Tensor k, Tensor q_table, Tensor k_table, int64_t la
 }
 
 // ---- sums along the sequence ------------------------------------------------------------------------------------
-
-PrefixParams read_prefix(const char* op, const Tensor& x, bool reverse) {
-  const ScalarType t = x.scalar_type();
-  check(op, t == ScalarType::Float || t == ScalarType::Double, "x must be float32 or float64, got ", dtype_name(t));
-  check(op, x.dim() >= 1, "x must have at least one axis");
-  PrefixParams p;
-  p.f64 = t == ScalarType::Double;
-  p.N = x.size(x.dim() - 1);
-  p.rows = p.N ? x.numel() / p.N : 0;
-  p.x = x.const_data_ptr();
-  p.reverse = reverse;
-  return p;
-}
 
 std::tuple<Tensor, Tensor> prefix_sum(Tensor x, bool reverse) {
   const Tensor xc = torch::stable::contiguous(x);

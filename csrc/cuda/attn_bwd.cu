@@ -1,4 +1,5 @@
-// Backward attention: rotation and delta first, then the two passes, then the sums of parameter gradients.
+// Backward attention: rotation and delta first, then the two passes, then the gradients of what the bias looks up, then
+// the sums of parameter gradients.
 #include "attn_bwd.h"
 #include "host.h"
 #include "launch.cuh"
@@ -10,20 +11,40 @@ namespace {
 
 bool needs(const AttnBwdParams& a, int64_t bits) { return (a.needs & bits) != 0; }
 
+bool is_mapped_table(const Bias& s) { return s.u.p || s.w.p; }
+
+// Sums by tile diagonal, by bins, by row and by column, of one gradient after the other: floats of the largest.
+int64_t term_sums(const AttnBwdParams& a) {
+  const AttnParams& p = a.fwd;
+  const int64_t nqb = tiles::ceil_div(p.Nq, kBwdBlock), nkt = tiles::ceil_div(p.Nk, kBlockN), bh = p.B * p.H;
+  const int64_t diagonals = (nqb + nkt - 1) * 2 * kBwdBlock, bins = bin_parts(nqb) * kBinWarps;
+  int64_t most = 0;
+  const auto want = [&](bool asked, int64_t n) { most = asked && n > most ? n : most; };
+  want(needs(a, need_table) && !is_mapped_table(p.bias), diagonals);
+  want(needs(a, need_omega), diagonals);
+  want(needs(a, need_table) && is_mapped_table(p.bias), bins * p.bias.table_len);
+  want(needs(a, need_pieces), bins * 2 * p.bias.pieces_len);
+  want(needs(a, need_factor | need_pairs), bins * p.bias.Sq * p.bias.Sk);
+  want(needs(a, need_dense) && (p.bias.dense.sn == 0 || p.bias.dense_sk == 0), p.Nq > p.Nk ? p.Nq : p.Nk);
+  return bh * most;
+}
+
 BwdArgs carve(const AttnBwdParams& a, Carver& c) {
   const AttnParams& p = a.fwd;
   const int64_t rows = p.B * p.H * p.Nq;
   BwdArgs g{};
+  if (const int64_t n = term_sums(a)) g.term_sums = c.take<float>(n);
   g.a = a;
   g.q = p.q_rope.cos.p ? dense(c.take<uint16_t>(rows * p.D), p.H, p.Nq, p.D) : p.q;
   g.k = p.k_rope.cos.p ? dense(c.take<uint16_t>(p.B * p.Hk * p.Nk * p.D), p.Hk, p.Nk, p.D) : p.k;
   g.delta = c.take<float>(rows);
+  g.planes = p.bias.form == BiasForm::two_sided ? 2 : 1;
   // A query position that is the key position at the query's index: its gradient is part of dw.
-  if (needs(a, need_u) || (needs(a, need_w) && !p.bias.u.p)) g.du = c.take<float>(rows);
+  if (needs(a, need_u) || (needs(a, need_w) && !p.bias.u.p)) g.du = c.take<float>(g.planes * rows);
   if (needs(a, need_gamma)) g.dgamma = c.take<float>(rows);
   if (needs(a, need_row_scale)) g.drho = c.take<float>(rows);
   if (needs(a, need_params)) g.dparams = c.take<float>(p.B * p.H * tiles::ceil_div(p.Nq, kBwdBlock) * 2);
-  if (needs(a, need_w)) g.dw = c.take<float>(p.B * p.H * p.Nk);
+  if (needs(a, need_w)) g.dw = c.take<float>(g.planes * p.B * p.H * p.Nk);
   return g;
 }
 
@@ -37,13 +58,20 @@ int rotate_to(const AttnParams& p, const View& x, const View& y, const Rope& rop
   return rotate(r, stream);
 }
 
+int sum(SumArgs s, void* stream);
+
 template <class T>
 int run(const BwdArgs& g, void* stream) {
   const AttnParams& p = g.a.fwd;
   const int dim = class_of(p);
   const int64_t rows = p.B * p.H * p.Nq;
-  const uint32_t q_blocks = uint32_t(p.B * p.H * tiles::ceil_div(p.Nq, kBwdBlock)), k_blocks = uint32_t(p.B * p.Hk * tiles::ceil_div(p.Nk, kBlockN));
-  if (const int rc = launch(&delta_kernel<T>, "delta", uint32_t(tiles::ceil_div(rows, 4)), 128, 0, stream, g)) return rc;
+  const int64_t q_blocks = p.B * p.H * tiles::ceil_div(p.Nq, kBwdBlock), k_blocks = p.B * p.Hk * tiles::ceil_div(p.Nk, kBlockN);
+  if (const int rc = launch(&delta_kernel<T>, "delta", tiles::ceil_div(rows, 4), 128, 0, stream, g)) return rc;
+  // The CPU's rule (cpu/attn_common.h: exact_rows).
+  if (pos::has_terms(p.bias) && p.residual.p) {
+    const TermsArgs exact{g, Walk::rows, Target::delta, g.delta, 1, 1, false, false};
+    if (const int rc = launch_attn_bwd_terms<T>(dim, exact, p.B * p.H * tiles::ceil_div(p.Nq, kBwdBlock), stream)) return rc;
+  }
   const bool by_query = g.a.dq.p || g.du || g.dgamma || g.drho || g.dparams, by_key = g.a.dk.p || g.a.dv.p || g.dw;
   const auto passes = [&](auto kind) {
     constexpr Kind kKind = decltype(kind)::value;
@@ -51,17 +79,76 @@ int run(const BwdArgs& g, void* stream) {
     if (!rc && by_key) rc = launch_attn_bwd_kv<T, kKind>(dim, g, k_blocks, stream);
     return rc;
   };
-  switch (kind_of(p.bias.form)) {
+  switch (kind_of(p)) {
     case Kind::none: return passes(KindTag<Kind::none>{});
     case Kind::rel: return passes(KindTag<Kind::rel>{});
     case Kind::table: return passes(KindTag<Kind::table>{});
+    case Kind::composed: return passes(KindTag<Kind::composed>{});
     default: return passes(KindTag<Kind::form>{});
   }
 }
 
+template <class T>
+int run_terms(const BwdArgs& g, void* stream) {
+  const AttnBwdParams& a = g.a;
+  const AttnParams& p = a.fwd;
+  const Bias& s = p.bias;
+  const int64_t nqb = tiles::ceil_div(p.Nq, kBwdBlock), nkt = tiles::ceil_div(p.Nk, kBlockN), bh = p.B * p.H;
+  int rc = 0;
+  const auto walk = [&](Walk w, Target target, void* out, int64_t width, bool all_b = false, bool all_h = false) {
+    const TermsArgs t{g, w, target, static_cast<float*>(out), width, int(bin_parts(nqb)), all_b, all_h};
+    const int64_t shared = (all_b ? 1 : p.B) * (all_h ? 1 : p.H);
+    const int64_t blocks = w == Walk::diagonals ? bh * (nqb + nkt - 1) : w == Walk::bins ? bh * t.parts : w == Walk::rows ? bh * nqb : w == Walk::columns ? bh * nkt : shared * nqb * nkt;
+    if (!rc) rc = launch_attn_bwd_terms<T>(class_of(p), t, blocks, stream);
+  };
+  const auto by_diagonal = [&](Target target, void* out, const Aux& like) {
+    walk(Walk::diagonals, target, g.term_sums, 0);
+    const DiagonalArgs d{g.term_sums, static_cast<float*>(out), s.form, p.B, p.H, p.Nq, p.Nk, s.table_len, like.sh == 0};
+    if (!rc) rc = launch(&diagonal_sum_kernel, "diagonal_sum", tiles::ceil_div((d.all_h ? 1 : p.H) * d.len, 4), 128, 0, stream, d);
+  };
+  // The numbers [from, from + n) of every bin row of `width`.
+  const auto fold_bins = [&](void* out, const Aux& like, int64_t width, int64_t from, int64_t n) {
+    if (!rc) rc = sum({g.term_sums + from, nullptr, static_cast<float*>(out), p.B, p.H, bin_parts(nqb) * kBinWarps, n, 0, like.sb == 0, like.sh == 0, true, width}, stream);
+  };
+  if (a.dtable && !is_mapped_table(s)) by_diagonal(Target::table, a.dtable, s.table);
+  if (a.dtable && is_mapped_table(s)) {
+    walk(Walk::bins, Target::table, g.term_sums, s.table_len);
+    fold_bins(a.dtable, {nullptr, 0, s.table.sh}, s.table_len, 0, s.table_len);
+  }
+  if (a.domega) by_diagonal(Target::omega, a.domega, s.omega);
+  if (a.dpieces) {
+    const int64_t n = s.pieces_len, heads = s.pieces.sh ? p.H : 1;
+    float* out = static_cast<float*>(a.dpieces);
+    // Where a piece begins has no gradient: the function is continuous there.
+    if (!rc) rc = launch(&zero_kernel, "zero", tiles::ceil_div(heads * n, 128), 128, 0, stream, ZeroArgs{out, heads * n});
+    walk(Walk::bins, Target::pieces, g.term_sums, 2 * n);
+    fold_bins(out + heads * n, {nullptr, 0, s.pieces.sh}, 2 * n, 0, n);
+    fold_bins(out + 2 * heads * n, {nullptr, 0, s.pieces.sh}, 2 * n, n, n);
+  }
+  const auto by_segments = [&](Target target, void* out, const Aux& like) {
+    walk(Walk::bins, target, g.term_sums, s.Sq * s.Sk);
+    fold_bins(out, like, s.Sq * s.Sk, 0, s.Sq * s.Sk);
+  };
+  if (a.dfactor) by_segments(Target::factor, a.dfactor, s.factor);
+  if (a.dpairs) by_segments(Target::segments, a.dpairs, s.pairs);
+  if (a.drows) walk(Walk::rows, Target::entries, a.drows, s.terms_len);
+  if (a.dcols) walk(Walk::columns, Target::entries, a.dcols, s.terms_len);
+  if (a.ddense) {
+    const bool all_b = s.dense.sb == 0, all_h = s.dense.sh == 0;
+    if (s.dense.sn != 0 && s.dense_sk != 0) {
+      walk(Walk::pairs, Target::dense, a.ddense, 1, all_b, all_h);
+    } else {
+      const bool by_key = s.dense_sk != 0;
+      walk(by_key ? Walk::columns : Walk::rows, Target::dense, g.term_sums, 1);
+      if (!rc) rc = sum({g.term_sums, nullptr, static_cast<float*>(a.ddense), p.B, p.H, by_key ? p.Nk : p.Nq, 1, 0, all_b, all_h, !by_key && s.dense.sn == 0}, stream);
+    }
+  }
+  return rc;
+}
+
 int sum(SumArgs s, void* stream) {
   const int64_t n = (s.sum_b ? 1 : s.B) * (s.sum_h ? 1 : s.H) * (s.sum_n ? 1 : s.N) * s.inner;
-  return launch(&sum_kernel, "sum", uint32_t(tiles::ceil_div(n, 128)), 128, 0, stream, s);
+  return launch(&sum_kernel, "sum", tiles::ceil_div(n, 128), 128, 0, stream, s);
 }
 
 }  // namespace
@@ -86,6 +173,7 @@ int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream) {
   g.aligned_v = aligned(p.v);
   g.aligned_do = aligned(a.d_o);
   if ((rc = p.dtype == DType::bf16 ? run<Bf16>(g, stream) : run<F16>(g, stream))) return rc;
+  if ((rc = p.dtype == DType::bf16 ? run_terms<Bf16>(g, stream) : run_terms<F16>(g, stream))) return rc;
 
   const auto rows = [&](const float* x, const Aux& like, void* out) {
     return sum({x, nullptr, static_cast<float*>(out), p.B, p.H, p.Nq, 1, 0, like.sb == 0, like.sh == 0, like.sn == 0}, stream);
@@ -95,7 +183,7 @@ int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream) {
   if (a.dgamma && (rc = rows(g.dgamma, p.bias.gamma, a.dgamma))) return rc;
   if (a.drow_scale && (rc = rows(g.drho, p.row_scale, a.drow_scale))) return rc;
   if (a.dparams && (rc = sum({g.dparams, nullptr, static_cast<float*>(a.dparams), p.B, p.H, tiles::ceil_div(p.Nq, kBwdBlock), 2, 0, p.bias.params.sb == 0, p.bias.params.sh == 0, true}, stream))) return rc;
-  if (a.dw) rc = sum({g.dw, p.bias.u.p ? nullptr : g.du, static_cast<float*>(a.dw), p.B, p.H, p.Nk, 1, p.Nk - p.Nq, p.bias.w.sb == 0, p.bias.w.sh == 0, false}, stream);
+  if (a.dw) rc = sum({g.dw, p.bias.u.p ? nullptr : g.du, static_cast<float*>(a.dw), p.B, g.planes * p.H, p.Nk, 1, p.Nk - p.Nq, p.bias.w.sb == 0, p.bias.w.sh == 0, false}, stream);
   return rc;
 }
 

@@ -8,7 +8,7 @@
 namespace fastpe::cuda {
 namespace {
 
-bool may_skip(const AttnParams& p) { return p.skip_eps > 0 && p.bias.form != BiasForm::none && !(p.softcap > 0); }
+bool may_skip(const AttnParams& p) { return p.skip_eps > 0 && kind_of(p) != Kind::none && kind_of(p) != Kind::composed && !(p.softcap > 0); }
 
 Prepared carve(const AttnParams& p, Carver& c) {
   const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
@@ -42,33 +42,34 @@ int prepare(const AttnParams& p, const Prepared& x, void* stream) {
   int rc = 0;
   if (rotate || x.k_norm) {
     const KeysArgs a{p, rotate ? static_cast<uint16_t*>(x.k.p) : nullptr, x.k_norm};
-    const uint32_t blocks = uint32_t(p.B * p.Hk * tiles);
+    const int64_t blocks = p.B * p.Hk * tiles;
     if (!rc && p.dtype == DType::bf16) rc = launch(&keys_kernel<Bf16>, "keys", blocks, 128, 16, stream, a);
     else if (!rc) rc = launch(&keys_kernel<F16>, "keys", blocks, 128, 16, stream, a);
   }
   if (x.k_span && !rc) {
     const int64_t total = (p.vis.k_ids_sb ? p.B : 1) * tiles;
     const SpanArgs a{p.vis.k_ids, 0, p.vis.k_ids_sb, 1, p.Nk, tiles, total, x.k_span};
-    rc = launch(&span_kernel<int32_t>, "id_span", uint32_t(tiles::ceil_div(total, 4)), 128, 0, stream, a);
+    rc = launch(&span_kernel<int32_t>, "id_span", tiles::ceil_div(total, 4), 128, 0, stream, a);
   }
   if (x.w_span && !rc) {
     const int64_t nb = p.bias.w.sb ? p.B : 1, nh = p.bias.w.sh ? p.H : 1, total = nb * nh * tiles;
     const SpanArgs a{p.bias.w.p, p.bias.w.sh, p.bias.w.sb, nh, p.Nk, tiles, total, x.w_span};
-    rc = launch(&span_kernel<float>, "position_span", uint32_t(tiles::ceil_div(total, 4)), 128, 0, stream, a);
+    rc = launch(&span_kernel<float>, "position_span", tiles::ceil_div(total, 4), 128, 0, stream, a);
   }
   if (x.env && !rc) {
     const EnvelopeArgs a{static_cast<const float*>(p.bias.table.p), p.bias.table.sh, p.bias.table_len, p.bias.form == BiasForm::table, x.env};
-    rc = launch(&envelope_kernel, "envelope", uint32_t(p.bias.table.sh ? p.H : 1), 32, 0, stream, a);
+    rc = launch(&envelope_kernel, "envelope", p.bias.table.sh ? p.H : 1, 32, 0, stream, a);
   }
   return rc;
 }
 
 template <class T>
-int dispatch(int head_dim, const FwdArgs& a, uint32_t blocks, void* stream) {
-  switch (kind_of(a.p.bias.form)) {
+int dispatch(int head_dim, const FwdArgs& a, int64_t blocks, void* stream) {
+  switch (kind_of(a.p)) {
     case Kind::none: return launch_attn_fwd<T, Kind::none>(head_dim, a, blocks, stream);
     case Kind::rel: return launch_attn_fwd<T, Kind::rel>(head_dim, a, blocks, stream);
     case Kind::table: return launch_attn_fwd<T, Kind::table>(head_dim, a, blocks, stream);
+    case Kind::composed: return launch_attn_fwd<T, Kind::composed>(head_dim, a, blocks, stream);
     default: return launch_attn_fwd<T, Kind::form>(head_dim, a, blocks, stream);
   }
 }
@@ -96,7 +97,7 @@ int attn_fwd(const AttnParams& p, void* workspace, void* stream, uint32_t* stats
   a.aligned_v = aligned(p.v);
   a.stats = stats;
   if (const int rc = prepare(p, a.pre, stream)) return rc;
-  return p.dtype == DType::bf16 ? dispatch<Bf16>(class_of(p), a, uint32_t(blocks), stream) : dispatch<F16>(class_of(p), a, uint32_t(blocks), stream);
+  return p.dtype == DType::bf16 ? dispatch<Bf16>(class_of(p), a, blocks, stream) : dispatch<F16>(class_of(p), a, blocks, stream);
 }
 
 }  // namespace fastpe::cuda

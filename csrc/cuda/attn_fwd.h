@@ -7,6 +7,6 @@ namespace fastpe::cuda {
 
 // Runs the kernel of the head dim class on `blocks` blocks.
 template <class T, Kind kKind>
-int launch_attn_fwd(int head_dim, const FwdArgs& a, uint32_t blocks, void* stream);
+int launch_attn_fwd(int head_dim, const FwdArgs& a, int64_t blocks, void* stream);
 
 }  // namespace fastpe::cuda

@@ -46,7 +46,7 @@ struct RowBias {
   template <class RowOf>
   FASTPE_DEVICE void start(const AttnParams& p, int64_t b, int64_t h, int64_t offset, RowOf&& row_of) {
     form = p.bias.form;
-    if constexpr (kKind == Kind::rel || kKind == Kind::form) {
+    if constexpr (kHasPositions<kKind>) {
       if (p.bias.params.p) {
         const float* q = aux_at<float>(p.bias.params, b, h);
         p0 = q[0];
@@ -76,7 +76,7 @@ struct RowBias {
 
   // Moves to the tile of keys that starts at j0; the block's rows have absolute indices [I0, I1).
   FASTPE_DEVICE void tile(int64_t j0, int64_t j1, int64_t I0, int64_t I1, bool causal) {
-    if constexpr (kKind == Kind::rel || kKind == Kind::form) {
+    if constexpr (kHasPositions<kKind>) {
       double wbase = has_u ? 0 : double(j0);
       w0 = has_u ? float(j0) : 0.f;
       w_tile = w ? w + j0 : nullptr;

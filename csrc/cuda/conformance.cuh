@@ -45,8 +45,8 @@ FASTPE_KERNEL(32, 1) ldmatrix_kernel(Args a) {
   for (int i = 0; i < 4; ++i) a.out[128 + lane * 4 + i] = d[i];
 }
 
-// in: 32 words. out: 9 rows of 32: idx 3 lane + 1, xor 5, up 3, down 7 (integers), xor 16 (float), ballot of odd words,
-// all, any of words above 2^31, all of true.
+// in: 32 words. out: 10 rows of 32: idx 3 lane + 1, xor 5, up 3, down 7 (integers), xor 16 (float), ballot of odd words,
+// all, any of words above 2^31, all of true, lanes that agree modulo 5.
 FASTPE_KERNEL(32, 1) shuffle_kernel(Args a) {
   const uint32_t lane = lane_index(), x = a.in[lane];
   uint32_t* o = a.out + lane;
@@ -59,6 +59,7 @@ FASTPE_KERNEL(32, 1) shuffle_kernel(Args a) {
   o[192] = vote_all(x >> 31);
   o[224] = vote_any(x >> 31);
   o[256] = vote_all(true);
+  o[288] = match_any(x % 5);
 }
 
 // in: 64 x 16 bytes. out: the same, of chunk c only the first 16 - (c mod 17) bytes, the rest 0.
@@ -121,7 +122,7 @@ void for_each(Fn&& f) {
   f("mma_bf16", &mma_kernel<Bf16>, 32, 0, 320, 128);
   f("mma_f16", &mma_kernel<F16>, 32, 0, 320, 128);
   f("ldmatrix", &ldmatrix_kernel, 32, 512, 128, 256);
-  f("shuffle", &shuffle_kernel, 32, 0, 32, 288);
+  f("shuffle", &shuffle_kernel, 32, 0, 32, 320);
   f("cp_async", &cp_async_kernel, 64, 1024, 256, 256);
   f("convert", &convert_kernel, 256, 0, 256, 1536);
   f("barrier", &barrier_kernel, 128, 512, 128, 512);

@@ -27,16 +27,22 @@ struct FwdTile {
   static constexpr int kBlockM = 16 * kWarps * kMt;
   static constexpr uint32_t kQ = 0, kK = kQ + kBlockM * kD * 2, kV = kK + kBlockN * kD * 2, kTable = kV + kBlockN * kD * 2;
   static constexpr uint32_t kBytes = kTable + (kBlockM + kBlockN) * 4;
+  static constexpr uint32_t kScores = kTable;  // composed: a tile of scores in the place of the table
+  static constexpr uint32_t kComposedBytes = kScores + 64 * 68 * 4;
 };
 constexpr int fwd_block_m(int head_dim) { return head_dim <= 64 ? FwdTile<64>::kBlockM : FwdTile<128>::kBlockM; }
 
 // How the kernels treat the bias forms; one instance of a kernel each.
-enum class Kind { none, rel, table, form };
+enum class Kind { none, rel, table, form, composed };
 template <Kind k>
 struct KindTag {
   static constexpr Kind value = k;
 };
-constexpr Kind kind_of(BiasForm f) {
+template <Kind k>
+constexpr bool kHasPositions = k == Kind::rel || k == Kind::form || k == Kind::composed;
+constexpr Kind kind_of(const AttnParams& p) {
+  const BiasForm f = p.bias.form;
+  if (pos::has_terms(p.bias) || p.softcap_bias || f == BiasForm::two_sided) return Kind::composed;
   if (f == BiasForm::none) return Kind::none;
   if (pos::is_table(f)) return Kind::table;
   return f == BiasForm::linear || f == BiasForm::signed_ ? Kind::rel : Kind::form;

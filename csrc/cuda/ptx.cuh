@@ -126,6 +126,8 @@ FASTPE_DEVICE float shfl_down(float x, uint32_t by) { return __shfl_down_sync(kF
 FASTPE_DEVICE uint32_t ballot(bool p) { return __ballot_sync(kFullMask, p); }
 FASTPE_DEVICE bool vote_all(bool p) { return __all_sync(kFullMask, p) != 0; }
 FASTPE_DEVICE bool vote_any(bool p) { return __any_sync(kFullMask, p) != 0; }
+// The lanes that brought the same x.
+FASTPE_DEVICE uint32_t match_any(uint32_t x) { return __match_any_sync(kFullMask, x); }
 
 // ---- asynchronous copies ------------------------------------------------------------------------------------------------
 

@@ -129,6 +129,18 @@ inline uint32_t ballot(bool p, Site site) {
   emu::warp_op(op, kFullMask, 0, &v, site);
   return v;
 }
+inline uint32_t match(uint32_t x, Site site) {
+  static const emu::WarpOp op{"match.any.sync", false, [](void* const* r, uint32_t mask, Site) {
+    uint32_t out[32] = {};
+    for (uint32_t i = 0; i < 32; ++i)
+      for (uint32_t k = 0; k < 32; ++k)
+        if ((mask >> i & 1) && (mask >> k & 1) && *static_cast<uint32_t*>(r[i]) == *static_cast<uint32_t*>(r[k])) out[i] |= 1u << k;
+    for (uint32_t i = 0; i < 32; ++i)
+      if (mask >> i & 1) *static_cast<uint32_t*>(r[i]) = out[i];
+  }};
+  emu::warp_op(op, kFullMask, 0, &x, site);
+  return x;
+}
 }  // namespace emulated
 
 inline uint32_t shfl_idx(uint32_t x, uint32_t lane, FASTPE_CALLER) { return emulated::shuffle(x, lane & 31, Site{f, l}); }
@@ -146,6 +158,7 @@ inline float shfl_idx(float x, uint32_t lane, FASTPE_CALLER) { return float_of_b
 inline float shfl_up(float x, uint32_t by, FASTPE_CALLER) { return float_of_bits(shfl_up(bits_of_float(x), by, f, l)); }
 inline float shfl_down(float x, uint32_t by, FASTPE_CALLER) { return float_of_bits(shfl_down(bits_of_float(x), by, f, l)); }
 inline uint32_t ballot(bool p, FASTPE_CALLER) { return emulated::ballot(p, Site{f, l}); }
+inline uint32_t match_any(uint32_t x, FASTPE_CALLER) { return emulated::match(x, Site{f, l}); }
 inline bool vote_all(bool p, FASTPE_CALLER) { return emulated::ballot(p, Site{f, l}) == kFullMask; }
 inline bool vote_any(bool p, FASTPE_CALLER) { return emulated::ballot(p, Site{f, l}) != 0; }
 

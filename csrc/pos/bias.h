@@ -108,6 +108,37 @@ static_assert(table_index(BiasForm::table, 0, 5) == 2 && table_index(BiasForm::t
 static_assert(table_index(BiasForm::table_causal, -3, 4) == 0 && table_index(BiasForm::table_causal, 3, 4) == 3 &&
               table_index(BiasForm::table_causal, 9, 4) == 3);
 
+// The offsets t whose table_index is `entry`, as a half-open range each for t >= 0 (side 0) and t < 0 (side 1).
+struct OffsetRange {
+  int64_t lo, hi;
+};
+constexpr FASTPE_HD OffsetRange offsets_of_entry(BiasForm f, int64_t entry, int64_t len, int side) {
+  constexpr int64_t far = int64_t(1) << 60;
+  const int64_t r = (len - 1) / 2;
+  OffsetRange x{1, 0};
+  if (f == BiasForm::table) x = {entry == 2 * r ? -far : r - entry, entry == 0 ? far : r - entry + 1};
+  else if (f == BiasForm::table_causal) x = {entry == 0 ? -far : entry, entry == len - 1 ? far : entry + 1};
+  else if (side == 0) x = {entry, entry == len - 1 ? far : entry + 1};
+  else x = {entry == len - 1 ? -far : -entry, -entry + 1};
+  if (side == 0 && x.lo < 0) x.lo = 0;
+  if (side == 1 && x.hi > 0) x.hi = 0;
+  return x;
+}
+namespace check {
+constexpr bool offsets_agree() {
+  constexpr BiasForm forms[] = {BiasForm::table, BiasForm::table_causal, BiasForm::fire};
+  for (BiasForm f : forms)
+    for (int64_t len = 1; len < 8; len += f == BiasForm::table ? 2 : 1)
+      for (int64_t t = -10; t <= 10; ++t)
+        for (int64_t e = 0; e < len; ++e) {
+          const OffsetRange r = offsets_of_entry(f, e, len, t < 0);
+          if ((t >= r.lo && t < r.hi) != (table_index(f, t, len) == e)) return false;
+        }
+  return true;
+}
+static_assert(offsets_agree(), "offsets_of_entry is not the inverse of table_index");
+}  // namespace check
+
 // Every form is monotone in |D| on either side of 0 (p >= 0 or not), so its largest value on D in [lo, hi] is at an
 // end or, when the interval holds it, at D = 0. Used by the bound that skips tiles.
 template <class P, class V>

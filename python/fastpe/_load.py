@@ -19,12 +19,14 @@ except ModuleNotFoundError as error:
 _HERE = pathlib.Path(_C.__file__).resolve().parent
 
 
-def _load_operators() -> None:
-    library = _HERE / "libfastpe_ops.so"
+def _load(name: str, needs: str) -> None:
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(_HERE / name))
     except OSError as error:
-        raise ImportError(f"fastpe: {library.name} does not load with torch {torch.__version__}; fastpe needs torch 2.10 or later: {error}") from error
+        raise ImportError(f"fastpe: {name} does not load with torch {torch.__version__}; {needs}: {error}") from error
 
 
-_load_operators()
+_load("libfastpe_ops.so", "fastpe needs torch 2.10 or later")
+# A torch without CUDA lacks a symbol of this library, and would never call it.
+if _C.build_info()["cuda_architectures"] and torch.version.cuda is not None:
+    _load("libfastpe_cuda.so", "reinstall fastpe with the torch that is in use")

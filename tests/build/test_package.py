@@ -196,14 +196,3 @@ def test_import_without_the_compiled_part_says_how_to_install(tmp_path):
     done = subprocess.run([sys.executable, "-c", "import fastpe"], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1
     assert "ImportError: fastpe: the compiled part is missing" in done.stderr and "--no-build-isolation" in done.stderr
-
-
-# ---- configuration --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("value", "message"), [("ON", "this version has no CUDA kernels"), ("maybe", "expected AUTO, ON or OFF")])
-def test_cuda_option_is_honest(tmp_path, value, message):
-    ninja = tool("ninja")
-    args = [tool("cmake"), "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}", f"-DFASTPE_CUDA={value}"]
-    done = subprocess.run(args, capture_output=True, text=True)
-    assert done.returncode != 0 and message in " ".join(done.stderr.split())

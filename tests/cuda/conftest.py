@@ -1,11 +1,14 @@
-"""Sends attention calls to the emulated CUDA kernels."""
+"""Sends attention calls to the CUDA kernels: executed by the emulator, and where there is a GPU on that too."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,29 +17,51 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "emu"))
 import emulated  # noqa: E402
 
 OPS = ("attn_fwd", "attn_bwd", "rotate", "rotate_", "rotate_pair", "rotate_pair_", "rope_table", "prefix_sum", "cumsum_exact")
+GPU = torch.cuda.is_available()
+# What runs the kernels. FASTPE_TEST_KERNELS=gpu leaves the emulator out, for a machine where it was run before.
+RUNNERS = [r for r in ("emulator", "gpu") if (r != "gpu" or GPU) and os.environ.get("FASTPE_TEST_KERNELS", r) == r]
 
 
 class _Redirect(TorchDispatchMode):
-    """torch.ops.fastpe.<name> becomes torch.ops.fastpe_emu.<name>, for the ops that exist there. With `guard` (a function
-    that gives memory in front of an inaccessible page) every tensor is copied to the end of such memory first."""
+    """torch.ops.fastpe.<name> on CPU tensors becomes ops.<name>, for the ops that exist there; `move` takes every tensor
+    argument to where the op wants it, `back` every result to where it came from."""
 
-    def __init__(self, guard=None):
+    def __init__(self, ops, move=None, back=None):
         super().__init__()
-        names = [n for n in OPS if hasattr(torch.ops.fastpe_emu, n)]
-        self.ops = {getattr(torch.ops.fastpe, n).default: getattr(torch.ops.fastpe_emu, n).default for n in names}
-        self.calls, self.guard = 0, guard
+        names = [n for n in OPS if hasattr(ops, n)]
+        self.ops = {getattr(torch.ops.fastpe, n).default: getattr(ops, n).default for n in names}
+        self.calls, self.move, self.back = 0, move, back
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.ops:
-            self.calls += 1
-            if self.guard:
-                args = [self.guarded(x) if isinstance(x, torch.Tensor) and x.numel() else x for x in args]
-        return self.ops.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in self.ops:
+            return func(*args, **kwargs)
+        self.calls += 1
+        moved = [self.move(x) if self.move and isinstance(x, torch.Tensor) and x.numel() else x for x in args]
+        result = self.ops[func](*moved, **kwargs)
+        if self.back is None:
+            return result
+        for before, after in zip(args, moved):
+            if func.__name__.split(".")[0].endswith("_") and isinstance(before, torch.Tensor):
+                before.copy_(after)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, self.back, result)
 
-    def guarded(self, x):
-        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
-        memory = torch.from_numpy(self.guard(extent * x.element_size())).view(x.dtype)
-        return memory.as_strided(x.shape, x.stride()).copy_(x)
+
+def _in_memory(x, flat):
+    """x's numbers in `flat`, with x's strides."""
+    return flat.as_strided(x.shape, x.stride()).copy_(x)
+
+
+def _extent(x):
+    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
+
+
+def _to_gpu(x):
+    return _in_memory(x, torch.empty(_extent(x), dtype=x.dtype, device="cuda"))
+
+
+def _to_cpu(x):
+    return _in_memory(x, torch.empty(_extent(x), dtype=x.dtype)) if x.numel() else x.cpu()
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +82,11 @@ def on_emulator(emu):
 
     @contextlib.contextmanager
     def context(guard=False, **options):
+        def guarded(x):
+            return _in_memory(x, torch.from_numpy(emu.guarded(_extent(x) * x.element_size())).view(x.dtype))
+
         emu.set_options(**options)
-        redirect = _Redirect(emu.guarded if guard else None)
+        redirect = _Redirect(torch.ops.fastpe_emu, guarded if guard else None)
         try:
             with redirect:
                 yield
@@ -67,3 +95,46 @@ def on_emulator(emu):
         assert redirect.calls > 0, "nothing ran on the emulator"
 
     return context
+
+
+@pytest.fixture(params=RUNNERS)
+def on_kernels(request):
+    """A context manager: calls inside it run the CUDA kernels, on the emulator or on a GPU, with everything else as it was."""
+    if request.param == "emulator":
+        return request.getfixturevalue("on_emulator")
+
+    @contextlib.contextmanager
+    def context():
+        redirect = _Redirect(torch.ops.fastpe, _to_gpu, _to_cpu)
+        with redirect:
+            yield
+        assert redirect.calls > 0, "nothing ran on the GPU"
+
+    return context
+
+
+class GpuConformance:
+    """The conformance kernels on a GPU, as the emulator's module offers them."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(library)
+        self.library.fastpe_conformance_name.restype = ctypes.c_char_p
+
+    def conformance_names(self):
+        return [self.library.fastpe_conformance_name(i).decode() for i in range(self.library.fastpe_conformance_count())]
+
+    def conformance(self, name, words):
+        words = np.ascontiguousarray(words, np.uint32).ravel()
+        out = np.zeros(4096, np.uint32)
+        n = self.library.fastpe_conformance_run(name.encode(), words.ctypes.data_as(ctypes.c_void_p), len(words), out.ctypes.data_as(ctypes.c_void_p), len(out))
+        assert n >= 0, f"{name}: error {-n}"
+        return out[:n]
+
+
+@pytest.fixture(scope="session")
+def gpu_conformance():
+    """FASTPE_CONFORMANCE names the library; scripts/gpu_check.sh builds it."""
+    library = os.environ.get("FASTPE_CONFORMANCE")
+    if not GPU or not library:
+        pytest.skip("needs a GPU and FASTPE_CONFORMANCE")
+    return GpuConformance(library)

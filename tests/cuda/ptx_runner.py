@@ -268,6 +268,12 @@ class Block:
         else:
             frame.write(args[0], np.repeat(p.all(1) if op[2] == "all" else p.any(1), 32), "pred")
 
+    def op_match(self, frame, op, args):
+        self.whole_warps(frame, "match.sync")
+        x = frame.read(args[1], "b32", self).reshape(-1, 32)
+        same = (x[:, :, None] == x[:, None, :]).astype(np.uint64) << np.arange(32, dtype=np.uint64)
+        frame.write(args[0], same.sum(2).astype(np.uint32).reshape(-1), "b32")
+
     def op_ldmatrix(self, frame, op, args):
         self.whole_warps(frame, "ldmatrix")
         assert "x4" in op

@@ -1,4 +1,4 @@
-"""The sm_80 forward kernel, executed by the emulator, against the float64 definition."""
+"""The sm_80 forward kernel, executed by the emulator or a GPU, against the float64 definition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import fastpe
 from fastpe import reference
-from fastpe.testing.cases import BIASES, COMPOSED, COMPOSED_SCORE, MASKS, NEEDS_KEYS, NEEDS_KEYS_MASK, ROPES, SCORE, STORAGE, Case, build
+from fastpe.testing.cases import BIASES, MASKS, NEEDS_KEYS, NEEDS_KEYS_MASK, ROPES, SCORE, STORAGE, Case, build
 from fastpe.testing.compare import close_half, eager_attention, error
 
 # Three key tiles, the last one ragged.
@@ -17,12 +17,12 @@ SMALL = Case(B=1, H=1, Hk=1, Nq=70, Nk=150, D=16, Dv=16)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def compare(case, dtype, on_emulator, **options):
+def compare(case, dtype, on_kernels, **options):
     run = build(case, dtype)
     with torch.no_grad():
         want, want_lse, _ = build(case, dtype, wide=True)(reference.attention, backward=False)
         torchs, torchs_lse, _ = build(case, dtype)(eager_attention, backward=False)
-        with on_emulator(**options):
+        with on_kernels(**options):
             out, lse, _ = run(fastpe.attention, backward=False)
     assert out.dtype == dtype and lse.dtype == torch.float32
     close_half("out", out, want, torchs, dtype=dtype)
@@ -31,52 +31,52 @@ def compare(case, dtype, on_emulator, **options):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("bias", [b for b in BIASES if b not in COMPOSED])
-def test_bias(bias, causal, on_emulator):
-    compare(dataclasses.replace(SMALL, bias=bias, causal=causal, seed=1), torch.bfloat16, on_emulator)
+@pytest.mark.parametrize("bias", BIASES)
+def test_bias(bias, causal, on_kernels):
+    compare(dataclasses.replace(SMALL, bias=bias, causal=causal, seed=1), torch.bfloat16, on_kernels)
 
 
 @pytest.mark.parametrize("bias", ["none", "cable"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_mask(mask, bias, on_emulator):
-    compare(dataclasses.replace(SMALL, B=2, bias=bias, mask=mask, seed=2), torch.float16, on_emulator)
+def test_mask(mask, bias, on_kernels):
+    compare(dataclasses.replace(SMALL, B=2, bias=bias, mask=mask, seed=2), torch.float16, on_kernels)
 
 
 @pytest.mark.parametrize("layout_case", [(16, "half"), (24, "interleaved"), (40, "partial"), (64, "positions"), (8, "half")], ids=str)
-def test_rope(layout_case, on_emulator):
+def test_rope(layout_case, on_kernels):
     D, rope = layout_case
     assert rope in ROPES
-    compare(dataclasses.replace(SMALL, H=2, D=D, rope=rope, bias="alibi", causal=True, seed=3), torch.bfloat16, on_emulator)
+    compare(dataclasses.replace(SMALL, H=2, D=D, rope=rope, bias="alibi", causal=True, seed=3), torch.bfloat16, on_kernels)
 
 
-@pytest.mark.parametrize("score", [*((s,) for s in SCORE if s not in COMPOSED_SCORE), ("softcap", "sink", "row_scale")], ids="+".join)
-def test_score(score, on_emulator):
-    compare(dataclasses.replace(SMALL, score=score, bias="t5", seed=4), torch.float16, on_emulator)
+@pytest.mark.parametrize("score", [*((s,) for s in SCORE), ("softcap", "sink", "row_scale")], ids="+".join)
+def test_score(score, on_kernels):
+    compare(dataclasses.replace(SMALL, score=score, bias="t5", seed=4), torch.float16, on_kernels)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("D,Dv", [(64, 64), (80, 96), (96, 40), (128, 128), (256, 256), (8, 200), (136, 72)])
-def test_head_dims(D, Dv, dtype, on_emulator):
-    compare(dataclasses.replace(SMALL, H=1, D=D, Dv=Dv, bias="kerple_log", causal=True, seed=5), HALF[dtype], on_emulator)
+def test_head_dims(D, Dv, dtype, on_kernels):
+    compare(dataclasses.replace(SMALL, H=1, D=D, Dv=Dv, bias="kerple_log", causal=True, seed=5), HALF[dtype], on_kernels)
 
 
 @pytest.mark.parametrize("Nq,Nk", [(1, 1), (1, 130), (64, 64), (65, 63), (130, 20), (129, 129), (63, 257), (5, 0), (0, 5)])
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("bias", ["none", "alibi"])
-def test_lengths(Nq, Nk, bias, causal, on_emulator):
+def test_lengths(Nq, Nk, bias, causal, on_kernels):
     case = dataclasses.replace(SMALL, H=2, Nq=Nq, Nk=Nk, bias=bias, causal=causal, seed=6)
     if Nq and Nk:
-        compare(case, torch.bfloat16, on_emulator)
+        compare(case, torch.bfloat16, on_kernels)
         return
     run = build(case, torch.bfloat16)
-    with torch.no_grad(), on_emulator():
+    with torch.no_grad(), on_kernels():
         out, lse, _ = run(fastpe.attention, backward=False)
     assert (out == 0).all() and torch.isneginf(lse).all()
 
 
 @pytest.mark.parametrize("storage", STORAGE)
-def test_storage(storage, on_emulator):
-    compare(dataclasses.replace(SMALL, B=2, H=4, Hk=2, storage=storage, rope="half", seed=7), torch.bfloat16, on_emulator)
+def test_storage(storage, on_kernels):
+    compare(dataclasses.replace(SMALL, B=2, H=4, Hk=2, storage=storage, rope="half", seed=7), torch.bfloat16, on_kernels)
 
 
 def test_every_bias_and_mask_without_keys_goes_with_more_queries_than_keys(on_emulator):
@@ -136,7 +136,7 @@ def test_decayed_tiles_are_skipped_within_the_bound(bias, on_emulator):
 def test_residual_is_what_rounding_took(on_emulator, emu):
     run = build(dataclasses.replace(SMALL, bias="none"), torch.bfloat16)
     q, k, v = run.qkv
-    empty = [None] * 2 + [0, 0] + [None] * 6 + [0, 0, 0] + [None] * 5 + [0.25, 0.0, 0.0, 0.0] + [None] * 6 + [False]
+    empty = [None] * 2 + [0, 0] + [None] * 6 + [0, 0, 0] + [None] * 5 + [0.25, 0.0, 0.0, 0.0] + [None] * 6 + [False] + [None] * 10 + [1, 1, 0, 0]
     with torch.no_grad():
         out, _, residual = torch.ops.fastpe_emu.attn_fwd(q, k, v, *empty, True)
         exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *empty, False)

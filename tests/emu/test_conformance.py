@@ -47,7 +47,7 @@ def test_ldmatrix(emu, rng):
 def test_shuffle(emu, rng):
     x = rng.integers(0, 2**32, 32, dtype=np.uint32)
     lane = np.arange(32)
-    got = emu.conformance("shuffle", x).reshape(9, 32)
+    got = emu.conformance("shuffle", x).reshape(10, 32)
     np.testing.assert_array_equal(got[0], x[(3 * lane + 1) % 32])
     np.testing.assert_array_equal(got[1], x[lane ^ 5])
     np.testing.assert_array_equal(got[2], x[np.where(lane >= 3, lane - 3, lane)])
@@ -58,6 +58,7 @@ def test_shuffle(emu, rng):
     assert (got[6] == (x >= 2**31).all()).all()
     assert (got[7] == (x >= 2**31).any()).all()
     assert (got[8] == 1).all()
+    np.testing.assert_array_equal(got[9], [sum(1 << i for i in range(32) if x[i] % 5 == y % 5) for y in x])
 
 
 def test_cp_async(emu, rng):

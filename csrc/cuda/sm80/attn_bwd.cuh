@@ -15,7 +15,7 @@
 // delta_i = <dO_i, O_i> - dlse_i. Q and K come rotated. Tiles no pair of which is visible are not touched.
 #pragma once
 
-#include "../bias_tile.cuh"
+#include "../compose.cuh"
 #include "../plan.h"
 #include "../tile.cuh"
 
@@ -26,9 +26,12 @@ struct BwdArgs {
   View q, k;      // rotated
   float* delta;   // (B,H,Nq)
   // Sums of one row or one block, float, dense; null: not asked for.
-  float *du, *dgamma, *drho;  // (B,H,Nq)
+  float *dgamma, *drho;       // (B,H,Nq)
+  float* du;                  // (B,planes * H,Nq)
   float* dparams;             // (B,H,query blocks,2)
-  float* dw;                  // (B,H,Nk)
+  float* dw;                  // (B,planes * H,Nk)
+  int planes;                 // 2: two_sided, the past's and the future's; else 1
+  float* term_sums;           // of one term after the other: attn_bwd_terms.cuh
   bool aligned_q, aligned_k, aligned_v, aligned_do;
 };
 
@@ -38,6 +41,10 @@ struct BwdTile {
   static constexpr uint32_t kTileBytes = kBwdBlock * kD * 2;
   static constexpr uint32_t kQ = 0, kDo = kTileBytes, kK = 2 * kTileBytes, kV = 3 * kTileBytes;
   static constexpr uint32_t kTable = 4 * kTileBytes, kRow = kTable + 2 * kBwdBlock * 4, kBytes = kRow + 8 * kBwdBlock * 4;
+  // Composed scores: a tile of S and one of dP. Above 128 channels they do not both fit beside the operands; dP then takes
+  // the place of the operand that is loaded anew every round and no longer needed.
+  static constexpr bool kOverlay = kD > 128;
+  static constexpr uint32_t kS = kBytes, kDp = kS + kScoreBytes, kComposedBytes = kOverlay ? kDp : kDp + kScoreBytes;
 };
 
 // delta, one warp per row.
@@ -69,19 +76,6 @@ FASTPE_NOINLINE PhiGrad phi_grad(BiasForm form, float d, float p0, float p1) {
   return r;
 }
 
-struct Softcap {
-  float in, mul, grad;  // 2 / C; multiplier with log2 e; multiplier / C. in = 0: none
-  FASTPE_DEVICE explicit Softcap(const AttnParams& p)
-      : in(p.softcap > 0 ? float(2 / p.softcap) : 0.f), mul(float(p.softcap_mul * kLog2e)), grad(p.softcap > 0 ? float(p.softcap_mul / p.softcap) : 1.f) {}
-  // Caps x and returns the derivative.
-  FASTPE_DEVICE float apply(float& x) const {
-    if (in == 0) return 1.f;
-    const float th = 1.f - 2.f / (1.f + ex2_approx(x * in));
-    x = mul * th;
-    return grad * (1.f - th * th);
-  }
-};
-
 // acc[d][e] of each warp's 16 rows, times `factor`, to global memory with the rotation undone. `first` is token 0's row;
 // `rope` belongs to these tokens. The whole block calls it, and reads nothing else from shared memory afterwards.
 template <class T, int kD>
@@ -105,6 +99,22 @@ FASTPE_DEVICE void store_unrotated(float (&acc)[kD / 8][4], float factor, uint32
     to[first] = T::narrow(x);
     to[second] = T::narrow(y);
   }
+}
+
+// What the gradients of a row's weight, of positions and of the two numbers weigh dS with. d: difference of positions.
+template <Kind kKind>
+FASTPE_DEVICE PhiGrad bias_gradient(const AttnParams& p, int64_t b, int64_t h, int64_t I, int64_t j, float d, float gm, float p0, float p1) {
+  if constexpr (kKind == Kind::composed) {
+    if (p.bias.form == BiasForm::fire) {
+      const FireAt f = fire_at(p, h, d, I - j, gm);
+      return {f.slope * f.n, 0, 0, 0};
+    }
+    if (p.bias.form == BiasForm::two_sided) {
+      const SideAt side = side_at(p, b, h, I, j);
+      return {side.sign * side.d, side.sign, 0, 0};
+    }
+  }
+  return phi_grad(p.bias.form, d, p0, p1);
 }
 
 // C fragments of A B^T over kD channels: rows of A from warp * 16, 64 rows of B.
@@ -175,7 +185,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
   RowBias<kKind, 2> rb;
   rb.start(p, b, h, offset, row_of);
   const Softcap cap(p);
-  float c[2], rho[2], lse[2], delta[2], drho[2] = {}, dgamma[2] = {}, du[2] = {}, dp0 = 0, dp1 = 0;
+  float c[2], rho[2], lse[2], delta[2], drho[2] = {}, dgamma[2] = {}, du[2] = {}, du_future[2] = {}, dp0 = 0, dp1 = 0;
   FASTPE_UNROLL
   for (int x = 0; x < 2; ++x) {
     const int64_t i = row_of(x) < p.Nq ? row_of(x) : p.Nq - 1, at = bh * p.Nq + i;
@@ -186,7 +196,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
     lse[x] = v == -kInf || row_of(x) >= p.Nq ? kInf : v * float(kLog2e);
     delta[x] = g.delta[at];
   }
-  const bool bias_grad = (kKind == Kind::rel || kKind == Kind::form) && (g.du || g.dgamma || g.dparams);
+  const bool bias_grad = kHasPositions<kKind> && (g.du || g.dgamma || g.dparams);
 
   float dq[kD / 8][4];
   FASTPE_UNROLL
@@ -222,37 +232,59 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
     Columns seen[2];
     FASTPE_UNROLL
     for (int x = 0; x < 2; ++x) seen[x] = columns_of_row(band, row_of(x) + offset, j0, p.Nk);
-    FASTPE_UNROLL
-    for (int n = 0; n < kNt; ++n)
-      FASTPE_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int col = int(8 * n + frag_col(uint32_t(e)));
-        float y = 0;
-        if constexpr (kKind == Kind::rel || kKind == Kind::form) y = rb.key(col, keys);
-        FASTPE_UNROLL
-        for (int x = 0; x < 2; ++x) {
-          float& v = s[n][2 * x + e];
-          const float raw = v;
-          v *= c[x];
-          const float slope = cap.apply(v);
-          if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(local_row(x) + (kBlockN - 1) - col));
-          else v = rb.add(x, v, y);
-          bool visible = !cut || seen[x].see(col);
-          if (data) visible = visible && col < keys && row_of(x) < p.Nq && sees(p, b, h, row_of(x), j0 + col);
-          const float prob = visible ? ex2_approx(v - lse[x]) : 0.f;
-          // An infinite dO times a hidden key must not leak.
-          const float ds = prob == 0 ? 0.f : prob * (dp[n][2 * x + e] - delta[x]);
-          drho[x] += ds * slope * raw;
-          if (bias_grad) {
-            const PhiGrad f = phi_grad(p.bias.form, rb.r[x] - y, rb.p0, rb.p1);
-            dgamma[x] += ds * f.value;
-            du[x] += ds * rb.gm[x] * f.slope;
-            dp0 += ds * rb.gm[x] * f.p0;
-            dp1 += ds * rb.gm[x] * f.p1;
-          }
-          v = ds * slope * rho[x];
-        }
+    // From the product and dP of row x and a column of the tile to dS times what the product is multiplied by.
+    const auto element = [&](int x, int col, float y, float raw, float dpv) {
+      float v = raw * c[x], slope, outer = 1;
+      if constexpr (kKind == Kind::composed) {
+        if (col >= keys || row_of(x) >= p.Nq) return 0.f;
+        const Composed made = compose(p, cap, b, h, row_of(x), j0 + col, v, rb.r[x] - y, rb.gm[x], rb.p0, rb.p1);
+        v = made.x, slope = made.slope, outer = made.outer;
+      } else {
+        slope = cap.apply(v);
+        if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(local_row(x) + (kBlockN - 1) - col));
+        else v = rb.add(x, v, y);
       }
+      bool visible = !cut || seen[x].see(col);
+      if (data) visible = visible && col < keys && row_of(x) < p.Nq && sees(p, b, h, row_of(x), j0 + col);
+      const float prob = visible ? ex2_approx(v - lse[x]) : 0.f;
+      // An infinite dO times a hidden key must not leak.
+      const float ds = prob == 0 ? 0.f : prob * (dpv - delta[x]);
+      drho[x] += ds * slope * raw;
+      if (bias_grad) {
+        const PhiGrad f = bias_gradient<kKind>(p, b, h, row_of(x) + offset, j0 + col, rb.r[x] - y, rb.gm[x], rb.p0, rb.p1);
+        const float db = ds * outer;
+        dgamma[x] += db * f.value;
+        if (kKind == Kind::composed && g.planes == 2 && j0 + col > row_of(x) + offset) du_future[x] += db * rb.gm[x] * f.slope;
+        else du[x] += db * rb.gm[x] * f.slope;
+        dp0 += db * rb.gm[x] * f.p0;
+        dp1 += db * rb.gm[x] * f.p1;
+      }
+      return ds * slope * rho[x];
+    };
+    if constexpr (kKind == Kind::composed) {
+      const uint32_t s1 = smem + Shape::kS, s2 = Shape::kOverlay ? sV : smem + Shape::kDp;
+      if constexpr (Shape::kOverlay) sync_block();
+      fragments_to(s1, s);
+      fragments_to(s2, dp);
+      sync_warp();
+      for_own_rows([&](int x, int row, int col) {
+        const uint32_t at = score_at(s1, row, col);
+        st_shared_f32(at, element(x, col, rb.key(col, keys), ld_shared_f32(at), ld_shared_f32(score_at(s2, row, col))));
+      });
+      sync_warp();
+      fragments_from(s1, s);
+    } else {
+      FASTPE_UNROLL
+      for (int n = 0; n < kNt; ++n)
+        FASTPE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int col = int(8 * n + frag_col(uint32_t(e)));
+          float y = 0;
+          if constexpr (kHasPositions<kKind>) y = rb.key(col, keys);
+          FASTPE_UNROLL
+          for (int x = 0; x < 2; ++x) s[n][2 * x + e] = element(x, col, y, s[n][2 * x + e], dp[n][2 * x + e]);
+        }
+    }
     product_nn<T, kD>(dq, s, sK);
   }
   cp_async_wait<0>();
@@ -264,11 +296,13 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
       drho[x] += shfl_xor(drho[x], step);
       dgamma[x] += shfl_xor(dgamma[x], step);
       du[x] += shfl_xor(du[x], step);
+      if constexpr (kKind == Kind::composed) du_future[x] += shfl_xor(du_future[x], step);
     }
     if ((lane_index() & 3) != 0 || row_of(x) >= p.Nq) continue;
     if (g.drho) g.drho[at] = drho[x] * float(p.scale);
     if (g.dgamma) g.dgamma[at] = dgamma[x];
-    if (g.du) g.du[at] = du[x];
+    if (g.du) g.du[(b * g.planes * p.H + h) * p.Nq + row_of(x)] = du[x];
+    if (kKind == Kind::composed && g.du && g.planes == 2) g.du[((b * 2 + 1) * p.H + h) * p.Nq + row_of(x)] = du_future[x];
   }
   if (g.dparams) {
     FASTPE_UNROLL
@@ -326,7 +360,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
   FASTPE_NO_UNROLL
   for (int64_t x = 0; x < group; ++x) {
     const int64_t h = hk * group + x, bh = b * p.H + h;
-    float dw[2] = {};
+    float dw[2] = {}, dw_future[2] = {};
     FASTPE_NO_UNROLL
     for (int64_t qb = 0; qb < nqb; ++qb) {
       const int64_t i0 = qb * kBwdBlock, I0 = i0 + offset;
@@ -350,7 +384,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
         st_shared_f32(row_data(1, mine), rho);
         st_shared_f32(row_data(2, mine), lse == -kInf || mine >= rows ? kInf : lse * float(kLog2e));
         st_shared_f32(row_data(3, mine), g.delta[at]);
-        if constexpr (kKind == Kind::rel || kKind == Kind::form) {
+        if constexpr (kHasPositions<kKind>) {
           st_shared_f32(row_data(4, mine), rb.r[0]);
           st_shared_f32(row_data(5, mine), rb.gm[0]);
           st_shared_f32(row_data(6, mine), rb.g[0]);
@@ -369,53 +403,88 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
 
       const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = p.vis.k_ids || p.vis.mask;
       float y[2] = {};
-      if constexpr (kKind == Kind::rel || kKind == Kind::form) {
+      if constexpr (kHasPositions<kKind>) {
         y[0] = rb.key(local_key(0), keys);
         y[1] = rb.key(local_key(1), keys);
       }
-      FASTPE_UNROLL
-      for (int n = 0; n < kNt; ++n)
-        FASTPE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int query = int(8 * n + frag_col(uint32_t(e)));
-          const float c = ld_shared_f32(row_data(0, query)), rho = ld_shared_f32(row_data(1, query));
-          const float lse = ld_shared_f32(row_data(2, query)), delta = ld_shared_f32(row_data(3, query));
-          float weight = 0;
-          if constexpr (kKind == Kind::rel || kKind == Kind::form) {
-            rb.r[0] = ld_shared_f32(row_data(4, query));
-            weight = ld_shared_f32(row_data(5, query));
-            rb.g[0] = ld_shared_f32(row_data(6, query));
-          }
-          FASTPE_UNROLL
-          for (int z = 0; z < 2; ++z) {
-            float& v = s[n][2 * z + e];
-            v *= c;
-            const float slope = cap.apply(v);
-            if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(query + (kBlockN - 1) - local_key(z)));
-            else v = rb.add(0, v, y[z]);
-            const int64_t j = j0 + local_key(z);
-            bool visible = !cut || (j < j1 && pos::visible(band, I0 + query, j));
-            if (data) visible = visible && j < j1 && query < rows && sees(p, b, h, i0 + query, j);
-            const float prob = visible ? ex2_approx(v - lse) : 0.f;
-            if constexpr (kDk) {
-              float& d = ds[n][2 * z + e];
-              d = prob == 0 ? 0.f : prob * (d - delta);
-              if constexpr (kKind == Kind::rel || kKind == Kind::form)
-                if (g.dw) dw[z] -= d * weight * phi_grad(p.bias.form, rb.r[0] - y[z], rb.p0, rb.p1).slope;
-              d *= slope * rho;
-            }
-            v = prob;
-          }
+      // From the product and dP of key z and a query of the tile to P and to dS times what the product is multiplied by.
+      const auto element = [&](int z, int query, float& pv, float& dsv) {
+        const float c = ld_shared_f32(row_data(0, query)), lse = ld_shared_f32(row_data(2, query));
+        float weight = 0;
+        if constexpr (kHasPositions<kKind>) {
+          rb.r[0] = ld_shared_f32(row_data(4, query));
+          weight = ld_shared_f32(row_data(5, query));
+          rb.g[0] = ld_shared_f32(row_data(6, query));
         }
+        const int64_t j = j0 + local_key(z);
+        float v = pv * c, slope, outer = 1;
+        if constexpr (kKind == Kind::composed) {
+          if (j >= j1 || query >= rows) {
+            pv = dsv = 0;
+            return;
+          }
+          const Composed made = compose(p, cap, b, h, i0 + query, j, v, rb.r[0] - y[z], weight, rb.p0, rb.p1);
+          v = made.x, slope = made.slope, outer = made.outer;
+        } else {
+          slope = cap.apply(v);
+          if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(query + (kBlockN - 1) - local_key(z)));
+          else v = rb.add(0, v, y[z]);
+        }
+        bool visible = !cut || (j < j1 && pos::visible(band, I0 + query, j));
+        if (data) visible = visible && j < j1 && query < rows && sees(p, b, h, i0 + query, j);
+        pv = visible ? ex2_approx(v - lse) : 0.f;
+        if constexpr (kDk) {
+          const float rho = ld_shared_f32(row_data(1, query)), delta = ld_shared_f32(row_data(3, query));
+          const float d = pv == 0 ? 0.f : pv * (dsv - delta);
+          if constexpr (kHasPositions<kKind>)
+            if (g.dw) {
+              const float dy = d * outer * weight * bias_gradient<kKind>(p, b, h, I0 + query, j, rb.r[0] - y[z], weight, rb.p0, rb.p1).slope;
+              if (kKind == Kind::composed && g.planes == 2 && j > I0 + query) dw_future[z] -= dy;
+              else dw[z] -= dy;
+            }
+          dsv = d * slope * rho;
+        }
+      };
+      if constexpr (kKind == Kind::composed) {
+        // The keys' own tiles stay for all rounds; of the queries' tiles dO is read before dP is written only where dV is
+        // not formed.
+        const uint32_t s1 = smem + Shape::kS, s2 = Shape::kOverlay ? sO : smem + Shape::kDp;
+        static_assert(!Shape::kOverlay || !(kDk && kDv));
+        if constexpr (Shape::kOverlay && kDk) sync_block();
+        fragments_to(s1, s);
+        if constexpr (kDk) fragments_to(s2, ds);
+        sync_warp();
+        for_own_rows([&](int z, int key, int query) {
+          float pv = ld_shared_f32(score_at(s1, key, query)), dsv = 0;
+          if constexpr (kDk) dsv = ld_shared_f32(score_at(s2, key, query));
+          element(z, query, pv, dsv);
+          st_shared_f32(score_at(s1, key, query), pv);
+          if constexpr (kDk) st_shared_f32(score_at(s2, key, query), dsv);
+        });
+        sync_warp();
+        fragments_from(s1, s);
+        if constexpr (kDk) fragments_from(s2, ds);
+      } else {
+        FASTPE_UNROLL
+        for (int n = 0; n < kNt; ++n)
+          FASTPE_UNROLL
+          for (int e = 0; e < 2; ++e)
+            FASTPE_UNROLL
+            for (int z = 0; z < 2; ++z) element(z, int(8 * n + frag_col(uint32_t(e))), s[n][2 * z + e], ds[n][2 * z + e]);
+      }
       if constexpr (kDv) product_nn<T, kD>(dv, s, sO);
       if constexpr (kDk) product_nn<T, kD>(dk, ds, sQ);
     }
     if (kDk && g.dw) {
       FASTPE_UNROLL
       for (int z = 0; z < 2; ++z) {
-        dw[z] += shfl_xor(dw[z], 1);
-        dw[z] += shfl_xor(dw[z], 2);
-        if ((lane_index() & 3) == 0 && local_key(z) < keys) g.dw[bh * p.Nk + j0 + local_key(z)] = dw[z];
+        const auto put = [&](float v, int64_t plane) {
+          v += shfl_xor(v, 1);
+          v += shfl_xor(v, 2);
+          if ((lane_index() & 3) == 0 && local_key(z) < keys) g.dw[((b * g.planes + plane) * p.H + h) * p.Nk + j0 + local_key(z)] = v;
+        };
+        put(dw[z], 0);
+        if (kKind == Kind::composed && g.planes == 2) put(dw_future[z], 1);
       }
     }
   }

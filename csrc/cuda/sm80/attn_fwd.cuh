@@ -3,7 +3,7 @@
 // Tiles: kBlockM queries x kBlockN keys, kD channels for q, k and v (plan.h); D and Dv below kD are padded with zeros.
 // Work: one block per (batch, head, block of queries). Blocks of the heads that share keys are neighbours, and blocks
 // with later rows, which see more under a causal mask, come first.
-// Shared memory: Q | K | V | table values of the tile, one stage each.
+// Shared memory: Q | K | V | table values of the tile, or its scores where they are composed; one stage each.
 // A round for one key tile; K of the round is under way when it starts:
 //   wait, barrier              K is there; everyone has finished with V and the table
 //   start V; stage the table
@@ -18,7 +18,7 @@
 // cannot matter later (cpu/attn_fwd.cpp states the bound).
 #pragma once
 
-#include "../bias_tile.cuh"
+#include "../compose.cuh"
 #include "../plan.h"
 #include "../tile.cuh"
 
@@ -100,7 +100,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       q_hi = hi > q_hi ? hi : q_hi;
     }
   }
-  const bool may_skip = kKind != Kind::none && a.skip > -kInf;
+  const bool may_skip = kKind != Kind::none && kKind != Kind::composed && a.skip > -kInf;
   if (may_skip) {
     cp_async_wait<0>();
     sync_block();
@@ -245,24 +245,37 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
             if (!see(x, int(8 * n + frag_col(e)))) s[x >> 1][n][2 * (x & 1) + e] = -kInf;
     };
     rb.tile(j0, j1, I0, I1, band.right == 1);
-    const float cap_in = p.softcap > 0 ? float(2 / p.softcap) : 0.f, cap_mul = float(p.softcap_mul * kLog2e);
-    FASTPE_UNROLL
-    for (int n = 0; n < kNt; ++n)
+    const Softcap cap(p);
+    if constexpr (kKind == Kind::composed) {
+      static_assert(kMt == 1);
+      const uint32_t sS = smem + Shape::kScores;
+      fragments_to(sS, s[0]);
+      sync_warp();
+      for_own_rows([&](int x, int row, int col) {
+        if (row >= rows || col >= keys) return;
+        const uint32_t at = score_at(sS, row, col);
+        st_shared_f32(at, compose(p, cap, b, h, i0 + row, j0 + col, ld_shared_f32(at) * c[x], rb.r[x] - rb.key(col, keys), rb.gm[x], rb.p0, rb.p1).x);
+      });
+      sync_warp();
+      fragments_from(sS, s[0]);
+    } else {
       FASTPE_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const uint32_t col = 8 * n + frag_col(e);
-        float y = 0;
-        if constexpr (kKind == Kind::rel || kKind == Kind::form) y = rb.key(int(col), keys);
+      for (int n = 0; n < kNt; ++n)
         FASTPE_UNROLL
-        for (int x = 0; x < kRows; ++x) {
-          float& v = s[x >> 1][n][2 * (x & 1) + e];
-          v = v * c[x];
-          // C tanh(v / C) as C (1 - 2 / (1 + exp(2 v / C))); c carries log2 e.
-          if (p.softcap > 0) v = cap_mul * (1.f - 2.f / (1.f + ex2_approx(v * cap_in)));
-          if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * (local_row(x) + (kBlockN - 1) - col));
-          else v = rb.add(x, v, y);
+        for (int e = 0; e < 2; ++e) {
+          const uint32_t col = 8 * n + frag_col(e);
+          float y = 0;
+          if constexpr (kHasPositions<kKind>) y = rb.key(int(col), keys);
+          FASTPE_UNROLL
+          for (int x = 0; x < kRows; ++x) {
+            float& v = s[x >> 1][n][2 * (x & 1) + e];
+            v = v * c[x];
+            cap.apply(v);
+            if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * (local_row(x) + (kBlockN - 1) - col));
+            else v = rb.add(x, v, y);
+          }
         }
-      }
+    }
     // Full tiles, nearly all of a long call, stop here.
     if (keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1)) {
       Columns seen[kRows];

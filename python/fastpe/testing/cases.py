@@ -291,13 +291,6 @@ BIASES: dict[str, Callable[[_Draw], biases.Bias | None]] = {
     "dense_and_cable": _dense("H", "Nk", beside="cable"),
     **{f"fn_{kind}": _relative(kind) for kind in ("linear", "signed", "abs", "log", "power", "logsq")},
 }
-# What the CPU kernels compose term by term and the CUDA kernels do not have.
-COMPOSED = {
-    "forget_both_sides",
-    "rows_cols", "rows_clipped", "kerple_weighted", "table_positions", "table_positions_causal", "fire", "fire_positions",
-    *(name for name in BIASES if name.startswith("dense")),
-}  # fmt: skip
-COMPOSED_SCORE = {"softcap_bias"}
 NEEDS_KEYS = {"dense_and_cable", "alibi_positions", "cable_v1", "cable", "cable_bidirectional", "kernel_cable", "block_cable", "forget", "forget_both_sides"}
 
 

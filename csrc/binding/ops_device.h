@@ -1,0 +1,249 @@
+// The ops of a device that takes work from a stream: check, allocate, start kernels, return without waiting. The
+// binding of GPUs and that of the emulator are this code with their own Queue:
+//
+//   explicit Queue(const Tensor& lead);                   // makes the tensor's device current while it lives
+//   void* stream() const;
+//   uint32_t* tile_counts(const Tensor& lead, int64_t blocks);  // (blocks, 2) on the device, or null: not counted
+//   void count_tiles();                                   // after the launch
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "args.h"
+#include "cuda/launch.h"
+
+namespace fastpe::binding {
+
+inline void started(const char* op, int rc) { check(op, rc == 0, "a kernel could not be started: ", cuda::error_text(rc)); }
+
+// 256-byte aligned memory of a call. Tensors of torch's allocator stay valid until the stream has used them.
+struct Workspace {
+  Tensor memory;
+  char* base;
+  Workspace(const Tensor& lead, size_t bytes) : memory(empty(lead, {int64_t(bytes) + 256}, ScalarType::Byte)) {
+    base = static_cast<char*>(memory.mutable_data_ptr());
+    base += (256 - reinterpret_cast<uintptr_t>(base) % 256) % 256;
+  }
+};
+
+inline void check_half(const char* op, const Tensor& q) {
+  check(op, q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half, "the CUDA kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()), "; cast q, k and v, or call on the CPU");
+}
+
+inline void check_supported(const char* op, const AttnParams& p) {
+  check(op, !beyond_bands(p), "the CUDA kernels do not have regions, intervals, segments or block maps yet; call on the CPU");
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+template <class Queue>
+std::tuple<Tensor, Tensor, Tensor> device_attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS, bool keep_residual) {
+  const char* op = "attn_fwd";
+  check_half(op, q);
+  const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
+  AttnParams p = read_attn(op, a);
+  check_supported(op, p);
+  Tensor out = empty_in_order(q, p.B, p.H, p.Nq, p.Dv);
+  Tensor lse = empty(q, {p.B, p.H, p.Nq}, aux_type(p.dtype));
+  Tensor residual = keep_residual ? empty_in_order(q, p.B, p.H, p.Nq, p.Dv) : none(q, q.scalar_type());
+  if (lse.numel() == 0) return {out, lse, residual};
+  p.o = view(out, out.mutable_data_ptr());
+  p.lse = lse.mutable_data_ptr();
+  if (keep_residual) p.residual = view(residual, residual.mutable_data_ptr());
+  Queue queue(q);
+  const Workspace w(q, cuda::attn_fwd_workspace(p));
+  uint32_t* counts = queue.tile_counts(q, cuda::attn_fwd_blocks(p));
+  started(op, cuda::attn_fwd(p, w.base, queue.stream(), counts));
+  queue.count_tiles();
+  return {out, lse, residual};
+}
+
+using DeviceGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+template <class Queue>
+DeviceGrads device_attn_bwd(
+    Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
+    int64_t needs) {
+  const char* op = "attn_bwd";
+  check_half(op, q);
+  const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
+  AttnBwdParams b;
+  b.fwd = read_attn(op, a);
+  AttnParams& p = b.fwd;
+  check_supported(op, p);
+  const Call c{op, q};
+  const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
+  Queue queue(q);
+
+  const auto result = [&](const char* name, const Tensor& t) {
+    check_device(c, name, t);
+    check_dtype(c, name, t, type);
+    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
+  };
+  const auto row = [&](const char* name, const Tensor& t) {
+    check_device(c, name, t);
+    check_dtype(c, name, t, aux);
+    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}});
+  };
+  result("dout", dout);
+  result("out", out);
+  row("lse", lse);
+  // Copies live until the kernels are in the stream.
+  const Tensor d_o = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout), lse_c = torch::stable::contiguous(lse);
+  b.d_o = read_view(c, "dout", d_o);
+  p.o = read_view(c, "out", out);
+  p.lse = read_ptr(lse_c);
+  if (residual) {
+    result("residual", *residual);
+    p.residual = read_view(c, "residual", *residual);
+  }
+  OptTensor dlse_c;
+  if (dlse) {
+    row("dlse", *dlse);
+    dlse_c = torch::stable::contiguous(*dlse);
+    b.dlse = dlse_c->const_data_ptr();
+  }
+  b.needs = needs;
+  const auto like = [&](Needs bit, const Tensor& x, View& g) {
+    if (!(needs & bit)) return none(q, type);
+    Tensor t = empty_in_order(x, x.size(0), x.size(1), x.size(2), x.size(3));
+    g = view(t, t.mutable_data_ptr());
+    return t;
+  };
+  const auto grad_of = [&](Needs bit, const char* name, const OptTensor& x, void*& g) {
+    if (!(needs & bit)) return none(q, aux);
+    check(op, x.has_value(), "the gradient of ", name, " is asked for, but the call has no ", name);
+    Tensor t = empty_contiguous(*x);
+    g = t.mutable_data_ptr();
+    return t;
+  };
+  DeviceGrads g{
+      like(need_q, q, b.dq), like(need_k, k, b.dk), like(need_v, v, b.dv),
+      grad_of(need_params, "bias_params", bias_params, b.dparams), grad_of(need_gamma, "bias_gamma", bias_gamma, b.dgamma),
+      grad_of(need_u, "bias_u", bias_u, b.du), grad_of(need_w, "bias_w", bias_w, b.dw),
+      grad_of(need_table, "bias_table", bias_table, b.dtable), grad_of(need_row_scale, "row_scale", row_scale, b.drow_scale),
+      grad_of(need_pieces, "bias_pieces", bias_pieces, b.dpieces), grad_of(need_omega, "bias_omega", bias_omega, b.domega),
+      grad_of(need_rows, "bias_rows", bias_rows, b.drows), grad_of(need_cols, "bias_cols", bias_cols, b.dcols),
+      grad_of(need_dense, "bias_dense", bias_dense, b.ddense),
+      grad_of(need_factor, "bias_factor", bias_factor, b.dfactor), grad_of(need_pairs, "bias_pairs", bias_pairs, b.dpairs)};
+  if (!needs) return g;
+  if (p.B > 0 && p.H > 0 && p.Nq > 0 && p.Nk > 0) {
+    const Workspace w(q, cuda::attn_bwd_workspace(b));
+    started(op, cuda::attn_bwd(b, w.base, queue.stream()));
+  } else {
+    std::apply([](auto&... t) { (torch::stable::zero_(t), ...); }, g);
+  }
+  return g;
+}
+
+// ---- rotation -------------------------------------------------------------------------------------------------------
+
+inline void check_rotates(const char* op, const RotateParams& p) {
+  check(op, p.dtype != DType::f64, "the CUDA kernels take float32, bfloat16 and float16, got float64");
+}
+
+template <class Queue>
+Tensor rotate_to_new(const char* op, const char* name, const Tensor& x, const char* table_name, const Tensor& table, int64_t layout, bool inverse) {
+  RotateParams p = read_rotate(op, name, x, table_name, table, layout, inverse);
+  check_rotates(op, p);
+  Queue queue(x);
+  Tensor y = empty_in_order(x, p.B, p.H, p.N, p.D);
+  p.y = view(y, y.mutable_data_ptr());
+  started(op, cuda::rotate(p, queue.stream()));
+  return y;
+}
+template <class Queue>
+void rotate_in_place(const char* op, const char* name, const Tensor& x, const char* table_name, const Tensor& table, int64_t layout, bool inverse) {
+  RotateParams p = read_rotate(op, name, x, table_name, table, layout, inverse);
+  check_rotates(op, p);
+  check_writable(op, name, x);
+  Queue queue(x);
+  p.x.p = x.mutable_data_ptr();
+  p.y = p.x;
+  started(op, cuda::rotate(p, queue.stream()));
+}
+
+template <class Queue>
+Tensor device_rotate(Tensor x, Tensor table, int64_t layout, bool inverse) {
+  return rotate_to_new<Queue>("rotate", "x", x, "table", table, layout, inverse);
+}
+template <class Queue>
+void device_rotate_(Tensor x, Tensor table, int64_t layout, bool inverse) {
+  rotate_in_place<Queue>("rotate_", "x", x, "table", table, layout, inverse);
+}
+template <class Queue>
+std::tuple<Tensor, Tensor> device_rotate_pair(Tensor q, Tensor k, Tensor q_table, Tensor k_table, int64_t layout, bool inverse) {
+  const char* op = "rotate_pair";
+  check_device({op, q}, "k", k);
+  Tensor y = rotate_to_new<Queue>(op, "q", q, "q_table", q_table, layout, inverse);
+  return {y, rotate_to_new<Queue>(op, "k", k, "k_table", k_table, layout, inverse)};
+}
+template <class Queue>
+void device_rotate_pair_(Tensor q, Tensor k, Tensor q_table, Tensor k_table, int64_t layout, bool inverse) {
+  const char* op = "rotate_pair_";
+  check_device({op, q}, "k", k);
+  rotate_in_place<Queue>(op, "q", q, "q_table", q_table, layout, inverse);
+  rotate_in_place<Queue>(op, "k", k, "k_table", k_table, layout, inverse);
+}
+
+template <class Queue>
+Tensor device_rope_table(Tensor positions, Tensor inv_freq, double amplitude, bool float32_product, bool out_f64) {
+  const char* op = "rope_table";
+  const Tensor x = torch::stable::contiguous(positions), w = torch::stable::contiguous(inv_freq);
+  RopeTableParams p = read_rope_table(op, x, w, amplitude, float32_product, out_f64);
+  Queue queue(x);
+  Tensor table = empty(positions, {2, p.B, p.H, p.N, p.J}, out_f64 ? ScalarType::Double : ScalarType::Float);
+  if (table.numel() == 0) return table;
+  p.cos = table.mutable_data_ptr();
+  p.sin = offset(p.cos, table.stride(0), table);
+  started(op, cuda::rope_table(p, queue.stream()));
+  return table;
+}
+
+// ---- sums along the sequence ----------------------------------------------------------------------------------------
+
+template <class Queue>
+std::tuple<Tensor, Tensor> device_prefix_sum(Tensor x, bool reverse) {
+  const Tensor xc = torch::stable::contiguous(x);
+  PrefixParams p = read_prefix("prefix_sum", xc, reverse);
+  Queue queue(xc);
+  Tensor local = empty_contiguous(xc);
+  std::vector<int64_t> shape(xc.sizes().begin(), xc.sizes().end());
+  shape.back() = (p.N + kPrefixBlock - 1) / kPrefixBlock;
+  Tensor base = torch::stable::new_empty(xc, shape, ScalarType::Double);
+  if (local.numel() == 0) return {local, base};
+  p.local = local.mutable_data_ptr();
+  p.base = static_cast<double*>(base.mutable_data_ptr());
+  started("prefix_sum", cuda::prefix_sum(p, queue.stream()));
+  return {local, base};
+}
+
+template <class Queue>
+Tensor device_cumsum_exact(Tensor x, bool reverse) {
+  const Tensor xc = torch::stable::contiguous(x);
+  PrefixParams p = read_prefix("cumsum_exact", xc, reverse);
+  Queue queue(xc);
+  Tensor y = empty_contiguous(xc);
+  if (y.numel() == 0) return y;
+  p.local = y.mutable_data_ptr();
+  started("cumsum_exact", cuda::prefix_sum(p, queue.stream()));
+  return y;
+}
+
+// Registers everything above.
+template <class Queue, class Library>
+void implement_device_ops(Library& m) {
+  m.impl("attn_fwd", TORCH_BOX(&device_attn_fwd<Queue>));
+  m.impl("attn_bwd", TORCH_BOX(&device_attn_bwd<Queue>));
+  m.impl("rope_table", TORCH_BOX(&device_rope_table<Queue>));
+  m.impl("rotate", TORCH_BOX(&device_rotate<Queue>));
+  m.impl("rotate_", TORCH_BOX(&device_rotate_<Queue>));
+  m.impl("rotate_pair", TORCH_BOX(&device_rotate_pair<Queue>));
+  m.impl("rotate_pair_", TORCH_BOX(&device_rotate_pair_<Queue>));
+  m.impl("prefix_sum", TORCH_BOX(&device_prefix_sum<Queue>));
+  m.impl("cumsum_exact", TORCH_BOX(&device_cumsum_exact<Queue>));
+}
+
+}  // namespace fastpe::binding

@@ -1,0 +1,321 @@
+// Gradients of what a bias looks up: tables, pieces, row and column terms, dense numbers. One kernel that recomputes dS
+// of a tile and adds it up where it belongs; which block walks which tiles decides what stays private to it, so that
+// there are no atomics and every sum has one order.
+//
+//   walk        one block per                          keeps
+//   diagonals   (batch, head, tile diagonal)           a sum by offset I - j, 127 of them
+//   bins        (batch, head, part of the queries)     a sum by entry, in global memory, for each of its warps
+//   rows        (batch, head, block of queries)        what belongs to a query
+//   columns     (batch, head, tile of keys)            what belongs to a key
+//   pairs       (entry of the gradient: batch, head, block of queries, tile of keys)   every pair's own number
+//
+// It forms two of the backward pass's seven products again. What leaves it by diagonals, bins, rows and columns is
+// linear in the length; sum.cuh adds up what blocks share.
+#pragma once
+
+#include "attn_bwd.cuh"
+
+namespace fastpe::cuda {
+
+enum class Walk : int32_t { diagonals, bins, rows, columns, pairs };
+// What is added up: dS of the table's entry, of the multiplicative kernel, of the pieces (times x, and alone), of row and
+// column entries, of the dense bias, of factor and addend of a pair of segments; delta itself, as sum of P dP by row. That one is free of what rounding P to 16 bits
+// put into out, which leaves row sums of dS that are not zero (FIRE's weights lose two digits in bf16).
+enum class Target : int32_t { table, omega, pieces, entries, dense, factor, segments, delta };
+
+struct TermsArgs {
+  BwdArgs g;
+  Walk walk;
+  Target target;
+  float* out;
+  int64_t width;  // bins: sums of a warp. rows, columns: numbers of a token
+  int parts;      // bins
+  bool all_b, all_h;  // pairs: the gradient has one entry for all batches, heads
+};
+
+// Parts of the queries of one (batch, head) that add into bins of their own. Of shapes alone.
+constexpr int64_t bin_parts(int64_t query_blocks) { return query_blocks < 8 ? query_blocks : 8; }
+constexpr int kBinWarps = kBwdThreads / 32;
+
+template <class T, int kD>
+FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT TermsArgs a) {
+  using Shape = BwdTile<kD>;
+  constexpr int kNt = kBwdBlock / 8, kItems = kBwdBlock * kBwdBlock / kBwdThreads;
+  const BwdArgs& g = a.g;
+  const AttnParams& p = g.a.fwd;
+  const float kInf = __builtin_inff();
+  const int64_t nqb = tiles::ceil_div(p.Nq, kBwdBlock), nkt = tiles::ceil_div(p.Nk, kBlockN), offset = p.Nk - p.Nq;
+  const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
+  const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sO = smem + Shape::kDo, sK = smem + Shape::kK, sV = smem + Shape::kV;
+  const uint32_t s1 = smem + Shape::kS, s2 = Shape::kOverlay ? sV : smem + Shape::kDp;
+  const int tid = int(thread_index());
+
+  // ---- which tiles ----------------------------------------------------------------------------------------------------
+  int64_t b0 = 0, b1 = 0, h0 = 0, h1 = 0, q0 = 0, q1 = nqb, step = 1, k0 = 0, k1 = nkt, diagonal = 0;
+  const int64_t block = block_index();
+  const auto one_head = [&](int64_t bh) { b0 = bh / p.H, b1 = b0 + 1, h0 = bh % p.H, h1 = h0 + 1; };
+  if (a.walk == Walk::diagonals) {
+    one_head(block / (nqb + nkt - 1));
+    diagonal = block % (nqb + nkt - 1) - (nkt - 1);
+    q0 = diagonal > 0 ? diagonal : 0;
+    q1 = nkt + diagonal < nqb ? nkt + diagonal : nqb;
+  } else if (a.walk == Walk::bins) {
+    one_head(block / a.parts);
+    q0 = block % a.parts;
+    step = a.parts;
+  } else if (a.walk == Walk::rows) {
+    one_head(block / nqb);
+    q0 = block % nqb;
+    q1 = q0 + 1;
+  } else if (a.walk == Walk::columns) {
+    one_head(block / nkt);
+    k0 = block % nkt;
+    k1 = k0 + 1;
+  } else {
+    k0 = block % nkt;
+    k1 = k0 + 1;
+    q0 = block / nkt % nqb;
+    q1 = q0 + 1;
+    const int64_t rest = block / nkt / nqb, heads = a.all_h ? 1 : p.H;
+    b0 = a.all_b ? 0 : rest / heads, b1 = a.all_b ? p.B : b0 + 1;
+    h0 = a.all_h ? 0 : rest % heads, h1 = a.all_h ? p.H : h0 + 1;
+  }
+
+  // ---- where the sums are -----------------------------------------------------------------------------------------------
+  float sum = 0;         // of a thread: an offset, a row, a column
+  float own[kItems];     // pairs
+  FASTPE_UNROLL
+  for (int x = 0; x < kItems; ++x) own[x] = 0;
+  float* bins = a.out + (int64_t(block) * kBinWarps + warp_index()) * a.width;
+  if (a.walk == Walk::bins) {
+    for (int64_t x = lane_index(); x < a.width; x += 32) bins[x] = 0;
+    sync_warp();
+  }
+  // The numbers of this thread's row or column of entries.
+  float* entries = nullptr;
+  if (a.target == Target::entries && tid < kBwdBlock) {
+    const bool rows = a.walk == Walk::rows;
+    const int64_t n = rows ? q0 * kBwdBlock + tid : k0 * kBlockN + tid, N = rows ? p.Nq : p.Nk;
+    if (n < N) {
+      entries = a.out + ((b0 * p.H + h0) * N + n) * a.width;
+      for (int64_t x = 0; x < a.width; ++x) entries[x] = 0;
+    }
+  }
+
+  const Softcap cap(p);
+  float c[2] = {}, scale[2] = {}, lse[2] = {}, delta[2] = {};
+  RowBias<Kind::composed, 2> rb;
+  FASTPE_NO_UNROLL
+  for (int64_t b = b0; b < b1; ++b)
+    FASTPE_NO_UNROLL
+    for (int64_t h = h0; h < h1; ++h)
+      FASTPE_NO_UNROLL
+      for (int64_t qb = q0; qb < q1; qb += step) {
+        const int64_t hk = h / (p.H / p.Hk), i0 = qb * kBwdBlock, I0 = i0 + offset;
+        const int rows = int(p.Nq - i0 < kBwdBlock ? p.Nq - i0 : kBwdBlock);
+        const int64_t I1 = I0 + rows;
+        const auto row_of = [&](int x) { return i0 + int(warp_index() * 16 + frag_row(uint32_t(x))); };
+        bool fresh = true;  // Q and dO are to be loaded
+        const int64_t first = a.walk == Walk::diagonals ? qb - diagonal : k0, last = a.walk == Walk::diagonals ? first + 1 : k1;
+        FASTPE_NO_UNROLL
+        for (int64_t t = first; t < last; ++t) {
+          const int64_t j0 = t * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
+          const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
+          if (see.lo >= see.hi) continue;
+          const int keys = int(j1 - j0);
+          sync_block();
+          if (fresh) {
+            load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0), g.q.sn, rows, int(p.D), g.aligned_q);
+            load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
+            rb.start(p, b, h, offset, row_of);
+            FASTPE_UNROLL
+            for (int x = 0; x < 2; ++x) {
+              const int64_t i = row_of(x) < p.Nq ? row_of(x) : p.Nq - 1, at = (b * p.H + h) * p.Nq + i;
+              scale[x] = float(p.scale) * (p.row_scale.p ? *aux_at<float>(p.row_scale, b, h, i) : 1.f);
+              c[x] = scale[x] * float(kLog2e);
+              const float v = static_cast<const float*>(p.lse)[at];
+              lse[x] = v == -kInf ? kInf : v * float(kLog2e);
+              delta[x] = g.delta[at];
+            }
+            fresh = false;
+          }
+          load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0), g.k.sn, keys, int(p.D), g.aligned_k);
+          load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
+          cp_async_commit();
+          cp_async_wait<0>();
+          sync_block();
+          float s[kNt][4], dp[kNt][4];
+          product_nt<T, kD>(s, sQ, sK);
+          product_nt<T, kD>(dp, sO, sV);
+          if constexpr (Shape::kOverlay) sync_block();
+          fragments_to(s1, s);
+          fragments_to(s2, dp);
+          sync_warp();
+
+          rb.tile(j0, j1, I0, I1, false);
+          const bool data = p.vis.k_ids || p.vis.mask;
+          for_own_rows([&](int x, int row, int col) {
+            const uint32_t at = score_at(s1, row, col), at2 = score_at(s2, row, col);
+            const int64_t i = i0 + row, j = j0 + col, I = I0 + row;
+            float value = 0, second = 0;
+            bool visible = row < rows && col < keys && pos::visible(band, I, j);
+            if (visible && data) visible = sees(p, b, h, i, j);
+            if (visible) {
+              const float raw = ld_shared_f32(at), d = rb.r[x] - rb.key(col, keys);
+              const Composed made = compose(p, cap, b, h, i, j, raw * c[x], d, rb.gm[x], rb.p0, rb.p1);
+              const float prob = ex2_approx(made.x - lse[x]), ds = prob == 0 ? 0.f : prob * (ld_shared_f32(at2) - delta[x]);
+              value = a.target == Target::delta ? prob * ld_shared_f32(at2) : ds * made.outer;
+              if (a.target == Target::omega) value = ds * made.inner * scale[x] * raw * factor_at(p, b, h, i, j);
+              if (a.target == Target::factor) value = ds * made.inner * scale[x] * raw * omega_at(p, h, i, j);
+              if (p.bias.form == BiasForm::fire && (a.target == Target::table || a.target == Target::pieces)) {
+                const FireAt f = fire_at(p, h, d, I - j, rb.gm[x]);
+                if (a.target == Target::pieces) second = value * f.x;
+                else value *= f.slope * rb.gm[x];
+              }
+            }
+            st_shared_f32(at, value);
+            if (a.target == Target::pieces) st_shared_f32(at2, second);
+          });
+
+          if (a.walk == Walk::bins) {
+            // A warp's own rows, 32 columns at a time. Lanes with the same entry: the first adds all of them, in order.
+            sync_warp();
+            FASTPE_NO_UNROLL
+            for (int group = 0; group < 32; ++group) {
+              const int row = int(warp_index()) * 16 + group / 2, col = 32 * (group & 1) + int(lane_index());
+              int64_t entry = -1;
+              if (row < rows && col < keys) {
+                const int64_t i = i0 + row, j = j0 + col, tt = I0 + row - j;
+                const float d = position_difference(p, b, h, i, j);
+                if (a.target == Target::pieces) {
+                  const float gm = p.bias.gamma.p ? *aux_at<float>(p.bias.gamma, b, h, i) : 1.f;
+                  entry = fire_at(p, h, d, tt, gm).piece;
+                } else if (a.target == Target::table) {
+                  entry = table_entry(p.bias, d, tt);
+                } else {
+                  entry = segments_at(p.bias, b, i, j, p.bias.Sk);
+                }
+              }
+              const uint32_t same = match_any(uint32_t(int32_t(entry)));
+              if (entry >= 0 && (same & ((1u << lane_index()) - 1)) == 0) {
+                float v = 0, w = 0;
+                for (int l = 0; l < 32; ++l)
+                  if (same >> l & 1) {
+                    v += ld_shared_f32(score_at(s1, row, 32 * (group & 1) + l));
+                    if (a.target == Target::pieces) w += ld_shared_f32(score_at(s2, row, 32 * (group & 1) + l));
+                  }
+                if (a.target == Target::pieces) {
+                  bins[entry] += w;
+                  bins[p.bias.pieces_len + entry] += v;
+                } else {
+                  bins[entry] += v;
+                }
+              }
+              sync_warp();
+            }
+            continue;
+          }
+          sync_block();
+          if (a.walk == Walk::pairs) {
+            FASTPE_UNROLL
+            for (int x = 0; x < kItems; ++x) {
+              const int item = x * kBwdThreads + tid;
+              own[x] += ld_shared_f32(score_at(s1, item / kBwdBlock, item % kBwdBlock));
+            }
+          } else if (a.walk == Walk::diagonals) {
+            // Thread x: offset I0 - j0 - 63 + x.
+            if (tid < 2 * kBwdBlock - 1)
+              for (int row = tid < kBwdBlock ? 0 : tid - (kBwdBlock - 1); row < kBwdBlock && row <= tid; ++row) sum += ld_shared_f32(score_at(s1, row, row + kBwdBlock - 1 - tid));
+          } else if (tid < kBwdBlock) {
+            // A run of one entry is added at once.
+            int32_t entry = -1;
+            float run = 0;
+            const auto put = [&] {
+              if (entries && entry >= 0) entries[entry] += run;
+            };
+            for (int x = 0; x < kBwdBlock; ++x) {
+              const int row = a.walk == Walk::rows ? tid : x, col = a.walk == Walk::rows ? x : tid;
+              const float v = ld_shared_f32(score_at(s1, row, col));
+              if (a.target != Target::entries) {
+                sum += v;
+                continue;
+              }
+              const int32_t id = term_entry(p.bias, I0 + row - j0 - col);
+              if (id != entry) {
+                put();
+                entry = id;
+                run = 0;
+              }
+              run += v;
+            }
+            put();
+          }
+        }
+      }
+  cp_async_wait<0>();
+
+  if (a.walk == Walk::diagonals) {
+    a.out[int64_t(block) * 2 * kBwdBlock + tid] = sum;
+  } else if (a.walk == Walk::pairs) {
+    const int64_t plane = block / nkt / nqb;
+    FASTPE_UNROLL
+    for (int x = 0; x < kItems; ++x) {
+      const int item = x * kBwdThreads + tid;
+      const int64_t i = q0 * kBwdBlock + item / kBwdBlock, j = k0 * kBlockN + item % kBwdBlock;
+      if (i < p.Nq && j < p.Nk) a.out[(plane * p.Nq + i) * p.Nk + j] = own[x];
+    }
+  } else if (a.walk != Walk::bins && a.target != Target::entries && tid < kBwdBlock) {
+    const bool rows = a.walk == Walk::rows;
+    const int64_t n = rows ? q0 * kBwdBlock + tid : k0 * kBlockN + tid, N = rows ? p.Nq : p.Nk;
+    if (n >= N) return;
+    const int64_t at = (b0 * p.H + h0) * N + n;
+    if (a.target == Target::delta && g.a.dlse && static_cast<const float*>(p.lse)[at] != -kInf) sum -= static_cast<const float*>(g.a.dlse)[at];
+    a.out[at] = sum;
+  }
+}
+
+// Sums by offset to sums by entry of the table, one warp per (head or all heads, entry).
+struct DiagonalArgs {
+  const float* x;  // (B,H,diagonals,128)
+  float* out;      // (H|1,len)
+  BiasForm form;
+  int64_t B, H, Nq, Nk, len;
+  bool all_h;
+};
+FASTPE_KERNEL(128, 1) diagonal_sum_kernel(const FASTPE_GRID_CONSTANT DiagonalArgs a) {
+  const int64_t at = int64_t(block_index()) * 4 + warp_index();
+  if (at >= (a.all_h ? 1 : a.H) * a.len) return;
+  const int64_t entry = at % a.len, h0 = a.all_h ? 0 : at / a.len, h1 = a.all_h ? a.H : h0 + 1;
+  const int64_t nqb = tiles::ceil_div(a.Nq, kBwdBlock), nkt = tiles::ceil_div(a.Nk, kBlockN), diagonals = nqb + nkt - 1, offset = a.Nk - a.Nq;
+  double sum = 0;
+  FASTPE_NO_UNROLL
+  for (int side = 0; side < 2; ++side) {
+    const pos::OffsetRange r = pos::offsets_of_entry(a.form, entry, a.len, side);
+    const int64_t lo = r.lo > 1 - a.Nk + offset ? r.lo : 1 - a.Nk + offset, hi = r.hi < offset + a.Nq ? r.hi : offset + a.Nq;
+    for (int64_t t = lo + lane_index(); t < hi; t += 32) {
+      // Tile diagonal d holds the offsets from 64 d + offset - 63 on.
+      const int64_t from = t - offset + (kBwdBlock - 1) + (nkt - 1) * kBwdBlock, d = from / kBwdBlock, x = from % kBwdBlock;
+      for (int64_t b = 0; b < a.B; ++b)
+        for (int64_t h = h0; h < h1; ++h) {
+          const float* v = a.x + (b * a.H + h) * diagonals * 2 * kBwdBlock;
+          if (d < diagonals) sum += v[d * 2 * kBwdBlock + x];
+          if (d > 0 && x < kBwdBlock - 1) sum += v[(d - 1) * 2 * kBwdBlock + x + kBwdBlock];
+        }
+    }
+  }
+  float total = float(sum);
+  FASTPE_UNROLL
+  for (uint32_t s = 1; s < 32; s *= 2) total += shfl_xor(total, s);
+  if (lane_index() == 0) a.out[at] = total;
+}
+
+struct ZeroArgs {
+  float* out;
+  int64_t n;
+};
+FASTPE_KERNEL(128, 1) zero_kernel(const FASTPE_GRID_CONSTANT ZeroArgs a) {
+  const int64_t at = int64_t(block_index()) * 128 + thread_index();
+  if (at < a.n) a.out[at] = 0;
+}
+
+}  // namespace fastpe::cuda
