@@ -2,7 +2,7 @@
 
 from . import _load  # the compiled libraries first: everything below registers rules for their ops
 from . import _cope_ops, _rope_ops, ops
-from . import bias, config, mask, nn, positions, reference, region, rope
+from . import bias, config, mask, nn, positions, recipes, reference, region, rope
 from ._info import info
 from ._rope import Rope
 from ._stats import tile_stats
@@ -29,6 +29,7 @@ __all__ = [
     "nn",
     "positions",
     "prefix_sum",
+    "recipes",
     "reference",
     "region",
     "rope",

@@ -74,7 +74,7 @@ class Sum(Bias):
     """Biases added up; `a + b` makes one.
 
     A call has room for one closed form (anything that is a function of a distance: Alibi, Kerple, T5, RelativeTable,
-    Fire, Cable, Forget, ...), one RowTable, one ColTable, and any number of Dense. Two closed forms are added in one
+    Fire, Cable, Forget, ...), one RowTable, one ColTable, one SegmentPairs, and any number of Dense. Two closed forms are added in one
     `RelativeTable(lambda d: ...)` when both depend on the distance only, else one of them as a Dense.
 
     Args:
@@ -114,6 +114,9 @@ class Sum(Bias):
                     _alone({"index": owner["index"]}, "index", term, "give RowTable and ColTable the same reach and index")
                 owner["index"] = term
                 total = dataclasses.replace(total, index=one.index)
+            if one.q_seg is not None:
+                _alone(owner, "pair of segment tables", term, "join their segments")
+                total = dataclasses.replace(total, **{what: getattr(one, what) for what in ("factor", "pairs", "q_seg", "k_seg")})
             if one.dense is not None:
                 total = dataclasses.replace(total, dense=one.dense if total.dense is None else total.dense + one.dense)
         return total
@@ -123,12 +126,12 @@ class Sum(Bias):
 
     def multiplier(self, call: Call) -> Tensor | None:
         made = [m for m in (term.multiplier(call) for term in self.terms) if m is not None]
-        return made[0] if made else None
+        return math.prod(made[1:], start=made[0]) if made else None
 
     shifts_rows = property(lambda self: any(term.shifts_rows for term in self.terms))
 
 
-_OPEN = ("rows", "cols", "index", "dense")
+_OPEN = ("rows", "cols", "index", "dense", "factor", "pairs", "q_seg", "k_seg")
 
 
 def _alone(owner: dict[str, Bias], place: str, term: Bias, how: str) -> None:
@@ -1654,3 +1657,4 @@ class Dense(Bias):
 # Counting gates
 
 from ._cope import Contextual, Cope, PerRowForget  # noqa: E402, F401  (after the base class they build on)
+from ._segment_bias import SegmentPairs  # noqa: E402, F401

@@ -17,8 +17,9 @@ from ._rope import check_choice
 Tensor = torch.Tensor
 
 __all__ = [
-    "bipe", "clex_train", "cream", "giraffe_random", "grid", "hirope", "hirope_regions", "increments", "interpolated", "mrope",
-    "pose", "randomized", "segmented", "segmented_prefix", "self_extend", "sequential", "v2pe",
+    "bipe", "clex_train", "compressed", "cream", "gali", "giraffe_random", "grid", "hirope", "hirope_regions", "increments",
+    "interpolated", "mesa", "mrope", "parallel", "pose", "prompt_cache", "randomized", "segmented", "segmented_prefix",
+    "self_extend", "sentinel", "sequential", "superposition", "v2pe",
 ]  # fmt: skip
 
 
@@ -653,3 +654,187 @@ def clex_train(
     squeeze = max(1, n // original)
     ends = torch.tensor([0.0, n * factor // squeeze - 1], dtype=torch.float64)
     return torch.cat((ends[:1], (sample + 1).double() / squeeze, ends[1:])), factor
+
+
+def parallel(prefix: int, lengths: Sequence[int], n: int) -> Tensor:
+    """Parallel pieces that all start behind the prefix; what follows starts behind the longest (PCW, arXiv 2212.10947; APE, 2502.05431;
+    structured prompting, 2212.06713).
+
+    Goes with `fastpe.mask.parallel`. For PCW, whose windows share their first token, `prefix` is 1 and every length one less.
+
+    Args:
+        prefix: tokens at 0 .. prefix - 1.
+        lengths: tokens of each piece.
+        n: tokens in all.
+
+    Returns:
+        int64 ``(n,)``.
+
+    >>> import fastpe
+    >>> fastpe.positions.parallel(1, [3, 2], 8).tolist()
+    [0, 1, 2, 3, 1, 2, 4, 5]
+    """
+    where = "fastpe.positions.parallel"
+    _check.count(where, "prefix", prefix, 0)
+    for x in lengths:
+        _check.count(where, "lengths", x, 0)
+    rest = n - prefix - sum(lengths)
+    if rest < 0:
+        raise ValueError(f"{where}: n must be at least {n - rest}, the tokens of prefix and pieces, got {n}")
+    pieces = [torch.arange(prefix, prefix + x) for x in lengths]
+    last = prefix + max(lengths, default=0)
+    return torch.cat((torch.arange(prefix), *pieces, torch.arange(last, last + rest)))
+
+
+def superposition(preamble: int, contexts: Sequence[int], query: int, n: int, kind: str = "equilibrium") -> Tensor:
+    """Superposition prompting: preamble, (document, query) each, task (arXiv 2404.06910).
+
+    Documents start together behind the preamble. "equilibrium" stretches each to the harmonic mean of their lengths, "rounded" rounds
+    that to whole numbers, "max" leaves them as they are; the queries start together behind that mean or the longest document,
+    the task behind the queries.
+
+    Args:
+        preamble, query: tokens.
+        contexts: tokens of each document, at least 1.
+        n: tokens in all.
+        kind: "equilibrium", "max" or "rounded".
+
+    Returns:
+        float64 ``(n,)``.
+
+    >>> import fastpe
+    >>> fastpe.positions.superposition(1, [2, 4], 1, 9, "max").tolist()
+    [0.0, 1.0, 2.0, 5.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    """
+    where = "fastpe.positions.superposition"
+    check_choice(where, "kind", kind, ("equilibrium", "max", "rounded"))
+    for what, x, low in (("preamble", preamble, 0), ("query", query, 0), *(("contexts", x, 1) for x in contexts)):
+        _check.count(where, what, x, low)
+    rest = n - preamble - sum(contexts) - query * len(contexts)
+    if rest < 0:
+        raise ValueError(f"{where}: n must be at least {n - rest}, the tokens before the task, got {n}")
+    if not contexts:
+        return torch.arange(n, dtype=torch.float64)
+    shared = max(contexts) if kind == "max" else len(contexts) / sum(1 / x for x in contexts)
+    parts = [torch.arange(preamble, dtype=torch.float64)]
+    for x in contexts:
+        step = 1.0 if kind == "max" else shared / x
+        parts.append(preamble + torch.arange(x, dtype=torch.float64) * step)
+        parts.append(preamble + shared + torch.arange(query, dtype=torch.float64))
+    parts.append(preamble + shared + query + torch.arange(rest, dtype=torch.float64))
+    p = torch.cat(parts)
+    return p.round() if kind == "rounded" else p
+
+
+def gali(n: int, train_length: int, local_window: int = 128) -> Tensor:
+    """GALI: the trained positions, the first of them filled up with fractions until n tokens fit (arXiv 2502.02659).
+
+    With ``G = ceil((n - local_window) / (train_length - local_window))`` the first positions advance by 1/G, for as few whole numbers
+    as will do; the last tokens keep whole steps up to ``train_length - 1``. `fastpe.recipes.gali` uses them.
+
+    Args:
+        n: tokens.
+        train_length: trained length.
+        local_window: below train_length.
+
+    Returns:
+        float64 ``(n,)``.
+
+    >>> import fastpe
+    >>> fastpe.positions.gali(7, 5, 1).tolist()
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
+    """
+    numerators, steps = gali_fractions("fastpe.positions.gali", n, train_length, local_window)
+    return numerators.double() / steps
+
+
+def gali_fractions(where: str, n: int, train_length: int, local_window: int) -> tuple[Tensor, int]:
+    """GALI's positions as whole numbers over G: their ceilings and floors must be exact."""
+    _check.count(where, "n", n, 0)
+    _check.count(where, "local_window", local_window, 0)
+    _check.count(where, "train_length", train_length, local_window + 1)
+    if n <= train_length:
+        return torch.arange(n), 1
+    steps = -(-(n - local_window) // (train_length - local_window))
+    # Each whole number given up makes room for G tokens: the smallest count with train_length + count (G - 1) >= n.
+    count = -(-(n - train_length) // (steps - 1))
+    tail = train_length - count
+    return torch.cat((torch.arange(n - tail), torch.arange(count, train_length) * steps)), steps
+
+
+def mesa(n: int, chunk: int, width: int = 50) -> Tensor:
+    """Mesa-Extrapolation: keys of the unfinished chunk keep their places, older ones share them in groups (arXiv 2410.15859).
+
+    With ``last = (n - 1) mod chunk`` and ``B = n - last``, keys ``j >= B`` stand at j, the others at ``B - 1 - (B - 1 - j) // width``.
+
+    Args:
+        n: keys.
+        chunk: tokens of a chunk.
+        width: keys that share a position; the release uses 20, 50 and 200.
+
+    Returns:
+        int64 ``(n,)``.
+
+    >>> import fastpe
+    >>> fastpe.positions.mesa(8, 3, 2).tolist()
+    [3, 4, 4, 5, 5, 6, 6, 7]
+    """
+    where = "fastpe.positions.mesa"
+    for what, x, low in (("n", n, 0), ("chunk", chunk, 1), ("width", width, 1)):
+        _check.count(where, what, x, low)
+    first = n - (n - 1) % chunk
+    j = torch.arange(n)
+    return torch.where(j >= first, j, first - 1 - torch.div(first - 1 - j, width, rounding_mode="floor"))
+
+
+def prompt_cache(starts: Sequence[int], lengths: Sequence[int], new: int = 0) -> Tensor:
+    """Prompt Cache: cached modules at the positions of their schema, which may leave gaps or overlap (arXiv 2311.04934).
+
+    Args:
+        starts, lengths: first position and tokens of each module, in the order of the cache.
+        new: tokens of the user behind them, which go on from the largest position.
+
+    Returns:
+        int64 ``(sum(lengths) + new,)``.
+
+    >>> import fastpe
+    >>> fastpe.positions.prompt_cache([0, 10], [2, 3], new=2).tolist()
+    [0, 1, 10, 11, 12, 13, 14]
+    """
+    where = "fastpe.positions.prompt_cache"
+    if len(starts) != len(lengths):
+        raise ValueError(f"{where}: there are {len(starts)} starts and {len(lengths)} lengths")
+    for what, xs in (("starts", starts), ("lengths", lengths), ("new", [new])):
+        for x in xs:
+            _check.count(where, what, x, 0)
+    last = max((s + n for s, n in zip(starts, lengths) if n), default=0)
+    return torch.cat([torch.arange(s, s + n) for s, n in zip((*starts, last), (*lengths, new))])
+
+
+def sentinel(opens: Tensor, closes: Tensor) -> Tensor:
+    """Sentinel tokens take the position of the token before them, others count through (arXiv 2310.08152).
+
+    Args:
+        opens, closes: bool ``(N,)`` or ``(B, N)``, as in `fastpe.mask.sentinel`.
+
+    >>> import torch, fastpe
+    >>> tokens = torch.tensor([1, 0, 0, 2, 0])
+    >>> fastpe.positions.sentinel(tokens == 1, tokens == 2).tolist()
+    [0, 0, 1, 1, 2]
+    """
+    return ((~(opens | closes)).long().cumsum(-1) - 1).clamp(min=0)
+
+
+def compressed(marks: Tensor) -> Tensor:
+    """Runs of compression or sum tokens go on from the token before them; other tokens count as if there were none (CCM, arXiv 2312.03414).
+
+    Args:
+        marks: int ``(N,)`` or ``(B, N)``: 0 for ordinary tokens, 1, 2, ... for kinds of runs; neighbouring runs differ in kind.
+
+    >>> import torch, fastpe
+    >>> fastpe.positions.compressed(torch.tensor([0, 0, 1, 1, 2, 2, 0])).tolist()
+    [0, 1, 2, 3, 2, 3, 2]
+    """
+    _check.is_integer("fastpe.positions.compressed", "marks", marks)
+    ordinary = (marks == 0).long().cumsum(-1) - 1
+    return torch.where(marks == 0, ordinary, ordinary + 1 + _place_in_segment(marks))

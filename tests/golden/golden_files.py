@@ -67,10 +67,13 @@ def load(stem: str, case: str, base: str | None = None) -> dict:
 
 def is_result(name: str) -> bool:
     """Whether an array is an output or a gradient."""
-    return name.startswith(("out", "lse", "d_", "dmem_")) or name.endswith("_detached") or name in _GRADIENTS
+    return name.startswith(("out", "lse", "d_", "dmem_", "exact_", "single_")) or name.endswith("_detached") or name in _RESULTS
 
 
-_GRADIENTS = ("do", "dq", "dk", "dv", "dbias", "dgate")
+_RESULTS = (
+    "do", "dq", "dk", "dv", "dbias", "dgate", "dq_int", "dk_int", "dbeta",
+    "selected", "chunk_keys", "centroids", "score", "keep",
+)  # fmt: skip
 
 
 _ran: collections.Counter = collections.Counter()

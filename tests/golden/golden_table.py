@@ -9,37 +9,17 @@ import torch
 import torch.nn.functional as F
 
 import fastpe
-from fastpe import bias, mask, region
+from fastpe import bias, mask, positions, recipes, region
 
 # Files whose method is not in fastpe yet.
 LATER_FILES = {
-    "chunk_anchor": "fastpe.mask.intervals",
-    "chunk_ape": "fastpe.merge",
-    "chunk_ccm": "fastpe.mask.segments",
-    "chunk_cepe": "fastpe.merge",
-    "chunk_extended_mind": "fastpe.region.key_set",
-    "chunk_gali": "fastpe.positions.gali and logit noise",
-    "chunk_hyper": "fastpe.mask.blocks and fastpe.merge",
     "chunk_keymass": "fastpe.attention_mass",
     "chunk_landmark": "fastpe.landmark_attention",
     "chunk_landmark_cache": "fastpe.landmark_attention",
-    "chunk_loki": "fastpe.mask.blocks",
-    "chunk_longheads": "fastpe.mask.blocks",
-    "chunk_longllama": "fastpe.region.key_set",
-    "chunk_memlong": "fastpe.region.key_set",
-    "chunk_pcw": "fastpe.mask.intervals",
-    "chunk_sentinel": "fastpe.mask.segments",
-    "chunk_squeezed": "fastpe.mask.blocks",
-    "chunk_structured_prompting": "fastpe.mask.intervals",
-    "chunk_superposition": "fastpe.mask.intervals",
-    "chunk_wrope": "fastpe.region.wrope",
 }
 
 # Files of functions other than fastpe.attention: test_golden_parts.py.
 OTHER_FILES = {"chunk_lse_merge"}
-
-# Files whose definition runs and whose kernels do not yet.
-NO_KERNEL = {f"chunk_{stem}" for stem in ("dca", "rerope", "selfextend", "selfextend_bidir", "streaming", "string")}
 
 # Cases of supported files that the public names cannot express.
 NOT_RUN = {
@@ -49,6 +29,15 @@ NOT_RUN = {
 BASES = {
     **{("chunk_selfextend", f"{case}_{kind}"): case for case in ("a", "b", "c", "short") for kind in ("floor", "decode")},
     **{("chunk_dca", f"{case}_vllm"): case for case in ("a", "b")},
+}
+
+# What the original computed less exactly than float64; errors allowed of the largest entry.
+COARSE = {
+    ("chunk_ccm", "merge"): (1e-7, "averages in float32"),
+    ("chunk_context_pruning", "alpha15"): (1e-7, "solves for the chances by a few iterations"),
+    ("chunk_context_pruning", "alpha2"): (1e-7, "solves for the chances by a few iterations"),
+    ("chunk_gali", "noise"): (1e-7, "scales the noise in float32"),
+    ("chunk_squeezed", "a"): (1e-7, "scores clusters in float32"),
 }
 
 # Results that nothing public holds, or that differ on purpose.
@@ -311,6 +300,238 @@ def _streaming(a, leaf, watch):
     return {"rope": _rope(a), "region": region.streaming(start, recent), "mask": mask.streaming(start, recent)}
 
 
+def _at(a, what="positions"):
+    p = a[what]
+    return {"rope": _rope(a), "positions": p, "key_positions": p}
+
+
+def _anchor(a, leaf, watch):
+    ids = a["document"]
+    own = mask.documents(ids=ids) & mask.causal()
+    return {**_at(a), "mask": mask.anchor(ids) if (ids == 0).sum() == 1 else own}
+
+
+def _sentinel(a, leaf, watch):
+    opens, closes = a["tokens"] == 1, a["tokens"] == 2
+    assert torch.equal(positions.sentinel(opens, closes), a["positions"])
+    return {**_at(a), "mask": mask.sentinel(opens, closes)}
+
+
+def _ccm(kind):
+    def call(a, leaf, watch):
+        marks, sums = a["tokens"] // 100 == 1, a["tokens"] // 100 == 2
+        assert torch.equal(positions.compressed(marks.long() + 2 * sums.long()), a["positions"])
+        if kind != "merge":
+            return {**_at(a), "mask": mask.compressed(marks, kind)}
+
+        def run(attention, q, k, v, **more):
+            q, k = (fastpe.apply_rotary(x, _rope(a), a["positions"]) for x in (q, k))
+            k, v = recipes.ccm_merge(k, v, marks, sums)
+            return attention(q, k, v, mask=mask.compressed(marks, kind, sums), return_lse=True, **more)
+
+        return {"run": run, "mask": mask.compressed(marks, kind, sums if kind == "merge" else None)}
+
+    return call
+
+
+def _recipe(make, made_region=None):
+    """make(a, leaf, watch) -> (q, k, v) -> results; recipes call whichever attention is being tested."""
+
+    def call(a, leaf, watch):
+        of = make(a, leaf, watch)
+
+        def run(q, k, v):
+            made = of(q, k, v)
+            return made if isinstance(made, (dict, tuple)) else {"out": made}
+
+        return {"run": run, "recipe": True, "region": made_region(a) if made_region else None}
+
+    return call
+
+
+def _pcw(lengths):
+    def make(a, leaf, watch):
+        n = a["q"].shape[2]
+        longest = sorted(lengths, reverse=True)[0]
+        others = [x for x in lengths if x != longest]
+        assert torch.equal(positions.parallel(1, [x - 1 for x in (longest, *others)], n), a["positions"])
+        return lambda q, k, v: recipes.pcw(q, k, v, lengths, rope=_rope(a), return_lse=True)
+
+    return make
+
+
+def _ape(prefix, lengths):
+    def make(a, leaf, watch):
+        assert torch.equal(positions.parallel(prefix, lengths, a["q"].shape[2]), a["positions"])
+        settings = {"temperature": a["temperature"], "scale": float(a["scale"])}
+        return lambda q, k, v: recipes.ape(q, k, v, prefix, lengths, rope=_rope(a), **settings)
+
+    return make
+
+
+def _structured_prompting(a, leaf, watch):
+    groups, length = a["M"], a["group_len"]
+    return lambda q, k, v: recipes.structured_prompting(
+        q, k, v, groups, length, slopes=a["alibi_slopes"], return_lse=True
+    )
+
+
+def _superposition(preamble, contexts, query, scores, temperature, kind="equilibrium", top_k=None):
+    def make(a, leaf, watch):
+        weights = recipes.branch_log_weights(torch.tensor(scores, dtype=torch.float64), temperature, top_k)
+        torch.testing.assert_close(weights, a["branch_log_weight"].double(), rtol=1e-6, atol=0)
+        p = positions.superposition(preamble, contexts, query, a["q"].shape[2], kind)
+        torch.testing.assert_close(p, a["positions_f64"].double(), rtol=1e-6, atol=0)
+        return lambda q, k, v: recipes.superposition(
+            q, k, v, preamble, contexts, query, rope=_rope(a), log_weights=weights, kind=kind, return_lse=True
+        )
+
+    return make
+
+
+def _gali(chunk, draws=0):
+    def make(a, leaf, watch):
+        for name in (x for x in a if x.startswith("positions_")):
+            n = a[name].numel()
+            torch.testing.assert_close(positions.gali(n, a["L_train"], a["local_window"]), a[name].double(), rtol=1e-6, atol=0)
+        settings = {"train_length": a["L_train"], "local_window": a["local_window"], "chunk": chunk}
+        if draws:
+            settings |= {"noise": a["std_base"], "draws": [a[f"noise_{n + 1}"] for n in range(draws)]}
+        return lambda q, k, v: recipes.gali(q, k, v, rope=_rope(a), **settings)
+
+    return make
+
+
+def _memory(method, **settings):
+    def make(a, leaf, watch):
+        m = leaf("mem_k", main=True), leaf("mem_v", main=True)
+        more = dict(settings)
+        if "mem_visible" in a:
+            more["memory_visible"] = a["mem_visible"]
+        if "gate" in a:
+            more["gate"] = torch.sigmoid(leaf("gate"))[..., 0, 0]
+        return lambda q, k, v: method(q, k, v, *m, rope=_rope(a), return_lse=True, **more)
+
+    return make
+
+
+def _extended_mind(kind):
+    def make(a, leaf, watch):
+        m = leaf("mem_k", main=True), leaf("mem_v", main=True)
+        settings = {"k": a["topk"]}
+        if kind != "llama":
+            settings["threshold"] = a["sim_threshold"]
+        if kind == "mpt":
+            settings |= {"slopes": bias.alibi_slopes(a["q"].shape[1]).double()}
+        else:
+            settings["rope"] = _rope(a)
+        return lambda q, k, v: recipes.extended_mind(q, k, v, *m, return_lse=True, **settings)
+
+    return make
+
+
+def _cepe(a, leaf, watch):
+    return lambda q, k, v: recipes.cepe(q, k, v, a["key_visible"], return_lse=True)
+
+
+def _context_pruning(alpha):
+    def make(a, leaf, watch):
+        gates = leaf("q_int"), leaf("k_int"), leaf("beta")
+
+        def run(q, k, v):
+            b = watch("bias", recipes.context_pruning_bias(*gates, alpha))
+            return recipes.attention(q, k, v, bias=bias.Dense(b), is_causal=True, return_lse=True)
+
+        return run
+
+    return make
+
+
+def _wrope(a, leaf, watch):
+    settings = {"window": a["window_w"], "far": a["far_position_b"]}
+    of_decode = settings | {"sinks": a["sinks"], "share": a["topk_fraction"]}
+    rope = _rope(a)
+
+    def run(q, k, v):
+        out, lse = recipes.attention(q, k, v, rope=rope, region=region.wrope(**settings), is_causal=True, return_lse=True)
+        with torch.no_grad():
+            last, book = q[:, :, -1:], a["codebook"]
+            chosen = recipes.a2ats_select(last, recipes.codebook_ids(k, book), book, rope=rope, **of_decode)
+            step = recipes.a2ats(last, k, v, book, rope=rope, **of_decode)
+        # The original's window excludes the key at distance w.
+        selected = chosen.repeat_interleave(q.shape[1] // k.shape[1], 1)[0]
+        return {"out": out, "lse": lse, "out_decode": step, "selected": selected}
+
+    return run
+
+
+def _longheads(a, leaf, watch):
+    chunk, length = a["window_size"], a["atten_length"]
+    rope = _rope(a)
+
+    def run(q, k, v):
+        summary = recipes.longheads_chunk_keys(q, k, v, rope=rope, chunk=chunk)
+        kwargs = {"rope": rope, "chunk_keys": summary, "chunk": chunk, "length": length, "begin": a["begin_selective_length"]}
+        row = torch.arange(length, q.shape[2])
+        selected = recipes.longheads_select(q[:, :, length:], summary, row, chunk, length // chunk)
+        later = [x.to(q.dtype) for x in (a["q_decode"], a["k_decode"], a["v_decode"])]
+        whole = torch.cat((k, later[1]), 2), torch.cat((v, later[2]), 2)
+        return {
+            "out": recipes.longheads(q, k, v, include_self=False, **kwargs),
+            "out_decode": recipes.longheads(later[0], *whole, **kwargs),
+            "selected": torch.nn.functional.pad(selected[0], (0, 0, length, 0), value=-1),
+            "chunk_keys": summary,
+        }
+
+    return run
+
+
+def _loki(a, leaf, watch):
+    r, k_ = a["top_r"], a["top_k"]
+
+    def run(q, k, v):
+        index, allowed = recipes.loki_select(q, k, a["pca"], r, k_)
+        out, lse = recipes.loki(q, k, v, a["pca"], r=r, k=k_, return_lse=True)
+        n = q.shape[2]
+        seen = torch.zeros(1, q.shape[1], n, n, dtype=torch.bool).scatter(-1, index, allowed)
+        # Where a row sees fewer keys than it may choose the original marks hidden ones too.
+        return {"out": out, "lse": lse, "selected": seen | (a["selected"] & ~torch.ones(n, n, dtype=torch.bool).tril())}
+
+    return run
+
+
+def _squeezed(a, leaf, watch):
+    def run(q, k, v):
+        fixed = a["k_fixed"].to(q.dtype), a["v_fixed"].to(q.dtype)
+        labels, clusters = a["labels"], a["centroids"].shape[2]
+        means, counts = recipes.cluster_centroids(fixed[0][:, :, : labels.shape[2]], labels, clusters)
+        assert torch.equal(counts, a["keys_per_cluster"])
+        made = {"centroids": means}
+        for name, some in (("", slice(None)), ("single_", slice(-1, None))):
+            made[f"{name}score"] = recipes.cluster_scores(q[:, :, some], means, counts)
+            made[f"{name}keep"] = recipes.squeezed_keep(q[:, :, some], means, counts, labels, a["threshold"], 160)
+        made["out"], made["lse"] = recipes.squeezed(q, k, v, *fixed, labels, means, counts, a["threshold"], return_lse=True)
+        made["single_out"] = recipes.squeezed(q[:, :, -1:], k, v, *fixed, labels, means, counts, a["threshold"])
+        return made
+
+    return run
+
+
+def _hyper(causal, draws):
+    def make(a, leaf, watch):
+        settings = {"block": a["block_size"], "samples": a["sample_size"], "min_length": a["min_seq_len"], "causal": causal}
+        settings |= {"directions": a["proj_dir"][0, 0], "draws": [a[f"sampled_{n}"] for n in range(draws)]}
+
+        def run(q, k, v):
+            out, lse = recipes.hyper(q, k, v, return_lse=True, **settings)
+            exact, exact_lse = recipes.attention(q, k, v, is_causal=causal, return_lse=True)
+            return {"out": out, "lse": lse, "exact_out": exact, "exact_lse": exact_lse}
+
+        return run
+
+    return make
+
+
 # (file, case) -> call(a, leaf, watch) -> the arguments of fastpe.attention beyond q, k, v and scale, or {"run": ...}:
 # run(attention, q, k, v, **rest) -> (out, lse), or results by their names in the file.
 # `a` holds the arrays, leaf(name) is array `name` as an input that requires grad, watch(name, x) compares x's gradient.
@@ -399,9 +620,6 @@ CALLS = {
     ("bias_dense", "batch_broadcast_head"): _dense,
     ("bias_dense", "key_only"): _dense,
     ("bias_dape", "alibi_dape_v1"): _dape,
-    ("chunk_context_pruning", "alpha15"): lambda a, leaf, watch: _causal(a, **_dense(a, leaf, watch)),
-    ("chunk_context_pruning", "alpha2"): lambda a, leaf, watch: _causal(a, **_dense(a, leaf, watch)),
-    ("chunk_context_pruning", "sigmoid"): lambda a, leaf, watch: _causal(a, **_dense(a, leaf, watch)),
     ("bias_score_mods", "sink"): lambda a, leaf, watch: _causal(a, sink=leaf("sink")),
     ("bias_score_mods", "sink_with_prefix_bias"): lambda a, leaf, watch: _causal(
         a, bias=bias.Cable(_prefix(watch, F.logsigmoid(leaf("h") + 2))), sink=leaf("sink")
@@ -419,6 +637,34 @@ CALLS = {
     **{("chunk_dca", f"{case}_vllm"): _dca_serving for case in "ab"},
     **{("chunk_string", case): _last_row("out_code_decode_last", _string) for case in "ab"},
     **{("chunk_streaming", case): _streaming for case in "ab"},
+    **{("chunk_anchor", case): _anchor for case in ("flex", "flash", "intra", "interleaved")},
+    **{("chunk_sentinel", case): _sentinel for case in "ab"},
+    **{("chunk_ccm", case): _ccm(case) for case in ("concat", "concat_recur", "recur", "merge")},
+    ("chunk_pcw", "a"): _recipe(_pcw([17, 23, 20])),
+    ("chunk_pcw", "b"): _recipe(_pcw([30, 12])),
+    ("chunk_ape", "a"): _recipe(_ape(6, [15, 22, 9])),
+    ("chunk_ape", "b"): _recipe(_ape(3, [20, 20])),
+    ("chunk_ape", "t1"): _recipe(_ape(2, [10, 14])),
+    **{("chunk_structured_prompting", case): _recipe(_structured_prompting) for case in "ab"},
+    ("chunk_superposition", "eq"): _recipe(_superposition(5, [9, 14, 11], 6, [-2.0, -1.5, -2.2], 0.5)),
+    ("chunk_superposition", "max"): _recipe(_superposition(4, [12, 7], 5, [-1.0, -1.1], 0.1, "max")),
+    ("chunk_superposition", "topk"): _recipe(_superposition(3, [8, 10, 6, 9], 4, [-2.0, -1.5, -2.2, -1.7], 0.5, top_k=2)),
+    ("chunk_gali", "a"): _recipe(_gali(30)),
+    ("chunk_gali", "noise"): _recipe(_gali(20, draws=3)),
+    **{("chunk_longllama", case): _recipe(_memory(recipes.longllama)) for case in ("a", "pad")},
+    **{("chunk_memlong", case): _recipe(_memory(recipes.memlong)) for case in ("zero", "gate")},
+    ("chunk_memlong", "cont"): _recipe(_memory(recipes.memlong, kind="continual")),
+    **{("chunk_extended_mind", case): _recipe(_extended_mind(case)) for case in ("llama", "llama_sim", "mpt")},
+    ("chunk_cepe", "a"): _recipe(_cepe),
+    ("chunk_context_pruning", "alpha15"): _recipe(_context_pruning(1.5)),
+    ("chunk_context_pruning", "alpha2"): _recipe(_context_pruning(2.0)),
+    ("chunk_context_pruning", "sigmoid"): _recipe(_context_pruning(1.000001)),
+    **{("chunk_wrope", case): _recipe(_wrope, lambda a: region.wrope(a["window_w"], a["far_position_b"])) for case in "ab"},
+    ("chunk_longheads", "a"): _recipe(_longheads),
+    ("chunk_loki", "a"): _recipe(_loki),
+    ("chunk_squeezed", "a"): _recipe(_squeezed),
+    ("chunk_hyper", "nocausal"): _recipe(_hyper(False, 1)),
+    ("chunk_hyper", "causal"): _recipe(_hyper(True, 2)),
 }
 
 

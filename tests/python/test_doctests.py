@@ -28,7 +28,7 @@ def test_examples(name):
 def test_public_names_have_examples():
     """Every public function and class of the Python layer shows its use."""
     missing = []
-    for module in (fastpe.bias, fastpe.mask, fastpe.nn, fastpe.reference):
+    for module in (fastpe.bias, fastpe.mask, fastpe.nn, fastpe.recipes, fastpe.reference, fastpe.region):
         for name, thing in vars(module).items():
             own = getattr(thing, "__module__", "") == module.__name__ and callable(thing) and not name.startswith("_")
             if own and ">>>" not in (thing.__doc__ or ""):

@@ -15,17 +15,18 @@ SMALL = Case(B=1, H=2, Hk=1, Nq=3, Nk=4, D=8, Dv=8, causal=True, lse_gradient=Tr
 BOTH = dataclasses.replace(SMALL, causal=False, mask="window_both")
 
 CASES = (
-    [dataclasses.replace(SMALL, bias=b) for b in cases.BIASES]
-    + [dataclasses.replace(BOTH, bias=b) for b in cases.BIASES]
+    [dataclasses.replace(SMALL, bias=b) for b in (*cases.BIASES, *cases.LONG_BIASES)]
+    + [dataclasses.replace(BOTH, bias=b) for b in (*cases.BIASES, *cases.LONG_BIASES)]
     + [dataclasses.replace(SMALL, bias="alibi", score=(s,)) for s in cases.SCORE]
     + [dataclasses.replace(SMALL, bias="cable", score=("head_scale", "row_scale", "softcap", "temperature", "sink"))]
     + [dataclasses.replace(SMALL, bias="t5", score=("temperature",), rope=r) for r in cases.ROPES]
-    + [dataclasses.replace(SMALL, mask=m, rope="half", Nk=6) for m in cases.MASKS]
+    + [dataclasses.replace(SMALL, mask=m, rope="half", Nk=6) for m in (*cases.MASKS, *cases.LONG_MASKS)]
+    + [dataclasses.replace(SMALL, region=r, rope="half", Nq=20, Nk=30) for r in cases.REGIONS]
 )
 
 
 def name(case: Case) -> str:
-    return "-".join([case.bias, case.mask, case.rope, *case.score, "causal" if case.causal else "both"])
+    return "-".join([case.bias, case.mask, case.rope, case.region, *case.score, "causal" if case.causal else "both"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

@@ -20,6 +20,7 @@ LENGTHS = (0, 1, 2, 7, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 200)
 @st.composite
 def calls(draw):
     Hk = draw(st.sampled_from((1, 1, 2)))
+    region = draw(st.sampled_from(("none", "none", *sorted(cases.REGIONS))))
     case = Case(
         B=draw(st.sampled_from((1, 1, 2, 3))),
         H=Hk * draw(st.sampled_from((1, 2, 3))),
@@ -28,15 +29,17 @@ def calls(draw):
         Nk=draw(st.sampled_from(LENGTHS)),
         D=draw(st.sampled_from((8, 16, 24, 64))),
         Dv=draw(st.sampled_from((8, 16, 40))),
-        bias=draw(st.sampled_from(sorted(cases.BIASES))),
-        mask=draw(st.sampled_from(sorted(cases.MASKS))),
-        rope=draw(st.sampled_from(sorted(cases.ROPES))),
+        bias=draw(st.sampled_from(sorted(cases.BIASES | cases.LONG_BIASES))),
+        mask=draw(st.sampled_from(sorted(cases.MASKS | cases.LONG_MASKS))),
+        rope=draw(st.sampled_from(sorted(cases.ROPES) if region == "none" else ("half", "interleaved", "partial"))),
+        region=region,
         score=tuple(draw(st.lists(st.sampled_from(sorted(cases.SCORE)), unique=True, max_size=3))),
         causal=draw(st.booleans()),
         storage=draw(st.sampled_from(cases.STORAGE)),
         lse_gradient=draw(st.booleans()),
         seed=draw(st.integers(0, 10**6)),
     )
+    assume(case.region != "key_set_continual" or case.Nk > 0)
     assume(case.Nq <= case.Nk or (case.bias not in cases.NEEDS_KEYS and case.mask not in cases.NEEDS_KEYS_MASK))
     return case
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .. import bias as biases
 from .. import mask as masks
+from .. import region as regions
 from .. import rope as ropes
 
 Tensor = torch.Tensor
@@ -22,7 +23,8 @@ Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. `bias`, `mask`, `rope` name entries of BIASES, MASKS, ROPES; `score` those of SCORE."""
+    """One call. `bias`, `mask`, `rope`, `region` name entries of BIASES or LONG_BIASES, MASKS or LONG_MASKS, ROPES, REGIONS; `score` those of
+    SCORE. A region needs a rope without positions."""
 
     B: int = 2
     H: int = 4
@@ -34,6 +36,7 @@ class Case:
     bias: str = "none"
     mask: str = "none"
     rope: str = "none"
+    region: str = "none"
     score: tuple[str, ...] = ()
     causal: bool = False
     storage: str = "bhnd"
@@ -222,6 +225,16 @@ def _fire(random: bool):
     return make
 
 
+def _segment_pairs(*tables: str):
+    def make(d: _Draw):
+        c = d.case
+        q, k = (torch.randint(0, size, (c.B, n), generator=d.g) for size, n in ((2, c.Nq), (3, c.Nk)))
+        given = {"factor": lambda: d.uniform(0.3, 1.5, c.H, 2, 3), "bias": lambda: d.normal(c.B, 1, 2, 3)}
+        return biases.SegmentPairs(q, k, **{what: d.leaf(f"pairs_{what}", given[what]()) for what in tables})
+
+    return make
+
+
 def _forget(d: _Draw):
     z = d.leaf("z", d.normal(d.case.B, d.case.H, d.case.Nk) + 2)
     return biases.Forget(F.logsigmoid(z))
@@ -291,6 +304,12 @@ BIASES: dict[str, Callable[[_Draw], biases.Bias | None]] = {
     "dense_and_cable": _dense("H", "Nk", beside="cable"),
     **{f"fn_{kind}": _relative(kind) for kind in ("linear", "signed", "abs", "log", "power", "logsq")},
 }
+# What the CUDA kernels do not have.
+LONG_BIASES: dict[str, Callable[[_Draw], biases.Bias]] = {
+    "segment_pairs": _segment_pairs("factor", "bias"),
+    "segment_factor": _segment_pairs("factor"),
+    "segment_pairs_and_kerple": lambda d: BIASES["kerple_weighted"](d) + _segment_pairs("factor", "bias")(d),
+}
 NEEDS_KEYS = {"dense_and_cable", "alibi_positions", "cable_v1", "cable", "cable_bidirectional", "kernel_cable", "block_cable", "forget", "forget_both_sides"}
 
 
@@ -324,7 +343,60 @@ MASKS: dict[str, Callable[[_Draw], masks.Mask | None]] = {
     & masks.padding(d.coin(0.9, d.case.B, d.case.Nk))
     & masks.dense(d.coin(0.9, d.case.H, 1, 1).reshape(1, d.case.H, 1, 1)),
 }
-NEEDS_KEYS_MASK = {"documents"}
+NEEDS_KEYS_MASK = {"documents", "lower"}
+
+
+def _intervals(*, lower: bool = False):
+    def make(d: _Draw):
+        n = d.case.Nk
+        edges = torch.randint(0, n + 2, (4, d.case.B, n), generator=d.g).sort(0).values
+        low = torch.randint(0, n // 2 + 1, (n,), generator=d.g) if lower else None
+        return masks.intervals(*edges, lower=low)
+
+    return make
+
+
+def _segments(d: _Draw):
+    c = d.case
+    q, k = (torch.randint(0, size, (c.B, n), generator=d.g) for size, n in ((3, c.Nq), (4, c.Nk)))
+    return masks.segments(d.coin(0.6, 3, 4), q, k)
+
+
+def _blocks(block_q: int, block_k: int, *axes: str):
+    def make(d: _Draw):
+        c = d.case
+        lead = (c.B if "B" in axes else 1, c.H if "H" in axes else 1)
+        return masks.blocks(d.coin(0.5, *lead, -(-c.Nq // block_q), -(-c.Nk // block_k)), block_q, block_k)
+
+    return make
+
+
+# What the CUDA kernels do not have.
+LONG_MASKS: dict[str, Callable[[_Draw], masks.Mask]] = {
+    "intervals": _intervals(),
+    "lower": _intervals(lower=True),
+    "segments": _segments,
+    "blocks": _blocks(16, 8, "B", "H"),
+    "blocks_shared": _blocks(64, 64),
+    "blocks_and_window": lambda d: _blocks(5, 7, "H")(d) & masks.window(20),
+    "all_rules": lambda d: _intervals()(d) & _segments(d) & _blocks(8, 32, "B")(d) & masks.padding(d.coin(0.9, d.case.B, d.case.Nk)),
+}
+
+REGIONS: dict[str, regions.Region | None] = {
+    "none": None,
+    "self_extend": regions.self_extend(9, 4, scale_base=20.0),
+    "self_extend_true": regions.self_extend(10, 3, shift="true"),
+    "self_extend_bidirectional": regions.self_extend_bidirectional(7, 3, original_length=16),
+    "rerope": regions.rerope(12, 30),
+    "leaky_rerope": regions.leaky_rerope(12, 3.5, None),
+    "dual_chunk": regions.dual_chunk(24, 5, original_length=40),
+    "dual_chunk_serving": regions.dual_chunk(24, 8, original_length=40, mscale="serving"),
+    "string": regions.string(13, 4),
+    "wrope": regions.wrope(8, 40.0),
+    "streaming": regions.streaming(3, 12),
+    "key_set": regions.key_set(0),
+    "key_set_continual": regions.key_set(1, "continual"),
+}
 
 ROPES: dict[str, Callable[[_Draw], dict]] = {
     "none": lambda d: {},
@@ -377,7 +449,9 @@ def build(case: Case, dtype: torch.dtype, *, wide: bool = False, given: dict[str
         else:
             x = _store(leaves(name, x, main=True), "bhnd" if c.storage == "expanded" else c.storage)
         qkv.append(x)
-    kwargs: dict = {"bias": BIASES[c.bias](d), "mask": MASKS[c.mask](d), "is_causal": c.causal, **ROPES[c.rope](d)}
+    kwargs: dict = {"bias": (BIASES | LONG_BIASES)[c.bias](d), "mask": (MASKS | LONG_MASKS)[c.mask](d), "is_causal": c.causal, **ROPES[c.rope](d)}
+    if c.region != "none":
+        kwargs["region"] = REGIONS[c.region]
     for name in c.score:
         kwargs |= SCORE[name](d)
     dout = leaves.rounded(d.normal(c.B, c.H, c.Nq, c.Dv), main=True)
