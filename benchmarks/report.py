@@ -167,7 +167,7 @@ def _bars(cases: dict[str, dict], value, label: str, line: float | None):
     """A bar per method, one axes per pass, the two dtypes beside each other."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for c in cases.values():
-        if c["rows"] and c["shape"]["name"] == "S1" and (v := value(rows(c))) is not None:
+        if c["rows"] and c["shape"]["name"] == "S1" and c["method"] != "alibi_skip" and (v := value(rows(c))) is not None:
             found.setdefault(c["pass"], {}).setdefault(c["method"], {})[c["dtype"]] = v
     if not found:
         return None
@@ -176,6 +176,7 @@ def _bars(cases: dict[str, dict], value, label: str, line: float | None):
         for k, (dtype, colour) in enumerate((("fp32", "#0072b2"), ("bf16", "#e69f00"))):
             at = [i + 0.4 * k for i, m in enumerate(methods) if dtype in methods[m]]
             ax.barh(at, [v[dtype] for v in methods.values() if dtype in v], 0.38, color=colour, label=DTYPES[dtype])
+        ax.set_axisbelow(True)
         ax.set_yticks([i + 0.2 for i in range(len(methods))], list(methods))
         ax.invert_yaxis()
         ax.set_xlabel(label)

@@ -158,6 +158,10 @@ class Corpus:
     train: Tensor
     held_out: Tensor
 
+    def window(self, start: int, length: int) -> Tensor:
+        """`length` bytes to train on, int64."""
+        return self.train[start : start + length].long()
+
 
 def split(text: bytes, longest: int, held_out: int, slices: int = 16) -> Corpus:
     """Holds out `held_out` bytes, in slices spread evenly over the text, or a tenth of a text shorter than ten times that."""
@@ -220,11 +224,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A byte-level causal language model, (B, N) bytes -> (B, N, 256) logits, with one of ENCODINGS."""
+    """A causal language model, (B, N) bytes (or tokens below `vocabulary`) -> (B, N, vocabulary) logits, with one of ENCODINGS."""
 
-    def __init__(self, encoding: str, width: int, layers: int, heads: int):
+    def __init__(self, encoding: str, width: int, layers: int, heads: int, vocabulary: int = 256):
         super().__init__()
-        self.embedding = nn.Embedding(256, width)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self._initialise()
@@ -242,6 +246,12 @@ class Transformer(nn.Module):
             per_layer = {"forget": fastpe.nn.ForgetBias, "cable": fastpe.nn.CableBias}[encoding]
             for block in self.blocks:
                 block.bias = per_layer(width, heads)
+        elif encoding not in ("none", "sinusoidal", "rope"):
+            self._encode(encoding, width, heads)
+
+    def _encode(self, encoding: str, width: int, heads: int) -> None:
+        """Sets self.bias, of the model, or block.bias, of each layer: for encodings beyond ENCODINGS."""
+        raise ValueError(f"unknown encoding {encoding!r}")
 
     def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
@@ -254,7 +264,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) * self.embedding.embedding_dim**0.5
         if self.is_sinusoidal:
-            x = x + sinusoids(*x.shape[1:])
+            x = x + sinusoids(*x.shape[1:]).to(x)
         rope = None if self.rotary is None else self.rotary.rope
         bias = None if self.bias is None else self.bias()
         for block in self.blocks:
@@ -286,7 +296,7 @@ def learning_rate(s: Settings, step: int) -> float:
 def byte_losses(model: Transformer, s: Settings, tokens: Tensor, targets: Tensor) -> Tensor:
     """-ln p of every target, (B, N) float32."""
     half = s.dtype != "float32"
-    with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
+    with torch.autocast(tokens.device.type, torch.bfloat16) if half else contextlib.nullcontext():
         logits = model(tokens)
     return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
@@ -303,17 +313,18 @@ def train_step(model: Transformer, opt: torch.optim.Optimizer, corpus: Corpus, s
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, corpus: Corpus, s: Settings) -> dict[int, dict[str, float]]:
-    """Perplexity at each length, over non-overlapping windows of the held-out text.
+def evaluate(model: nn.Module, corpus: Corpus, s: Settings, windows: int = 8) -> dict[int, dict[str, float]]:
+    """Perplexity at each length, over non-overlapping windows of the held-out text, `windows` of the longest at a time.
 
     "all": over every byte. "last": over the last `length` bytes of every longest window. These are the same bytes at each
     length, with more and more text before them, so that lengths compare without sampling noise.
     """
     longest = max(s.lengths)
-    tokens, targets = corpus.held_out[:, :-1].long(), corpus.held_out[:, 1:].long()
+    device = next(model.parameters()).device
+    tokens, targets = (x.long().to(device) for x in (corpus.held_out[:, :-1], corpus.held_out[:, 1:]))
     result = {}
     for length in s.lengths:
-        rows = max(1, 8 * longest // length)
+        rows = max(1, windows * longest // length)
         batches = zip(tokens.reshape(-1, length).split(rows), targets.reshape(-1, length).split(rows))
         loss = torch.cat([byte_losses(model, s, *batch) for batch in batches]).double().reshape(-1, longest)
         result[length] = {"all": math.exp(loss.mean()), "last": math.exp(loss[:, -s.length :].mean())}
