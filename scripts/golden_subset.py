@@ -40,6 +40,8 @@ CASES: dict[str, tuple[str, ...] | None] = {
     "bias_relproj": None,
     "chunk_swa": ("packed",),
     "chunk_lse_merge": ("two",),
+    "chunk_landmark": ("irregular",),
+    "chunk_landmark_cache": ("inc",),
 }  # fmt: skip
 # Of these the first batch entry and the first key head with its query heads are kept; nothing couples heads in them.
 ONE_HEAD: dict[str, tuple[str, ...]] = {

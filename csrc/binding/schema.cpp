@@ -26,6 +26,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
       "cope_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor carry, "
       "Tensor? residual, " FASTPE_COPE_ARGS
       ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate_q, Tensor dgate_k, Tensor dtable)");
+  m.def(
+      "landmark_fwd(Tensor q, Tensor k, Tensor v, Tensor is_landmark, Tensor? visible, Tensor? q_rope, Tensor? k_rope, "
+      "int rope_layout, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "landmark_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor is_landmark, "
+      "Tensor? visible, Tensor? q_rope, Tensor? k_rope, int rope_layout, float scale, int needs) -> "
+      "(Tensor dq, Tensor dk, Tensor dv)");
   m.def("merge_fwd(Tensor[] outs, Tensor[] lses, float[] factors) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_bwd(Tensor? dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, float[] factors, int needs) -> "

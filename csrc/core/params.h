@@ -174,6 +174,24 @@ struct CopeBwdParams {
   int64_t needs = 0;
 };
 
+// Attention with a softmax of two levels: chunked.md 3.10. attn must be causal and without bias, row scale, softcap, sink.
+struct LandmarkParams {
+  AttnParams attn;
+  const uint8_t* is_landmark = nullptr;  // bool (B|1,Nk)
+  int64_t landmark_sb = 0;
+  const uint8_t* visible = nullptr;      // bool (B|1,Nk), keys that are not padding; may be null (all)
+  int64_t visible_sb = 0;
+};
+
+// Gradients as in AttnBwdParams; needs: need_q, need_k, need_v.
+struct LandmarkBwdParams {
+  LandmarkParams fwd;
+  View d_o;
+  const void* dlse = nullptr;            // (B,H,Nq) contiguous; may be null (0)
+  View dq, dk, dv;
+  int64_t needs = 0;
+};
+
 // Partial attentions over disjoint sets of keys, joined: chunked.md M3. With factors c_p and L_p the parts' lse,
 //   L = log sum_p exp(c_p L_p),  w_p = exp(c_p L_p - L),  out = sum_p w_p o_p.
 // A part whose L_p is -inf has no share, whatever its o_p holds; a row of such parts gives out 0, L -inf.

@@ -11,6 +11,8 @@ struct KernelTable {
   void (*attn_bwd)(const AttnBwdParams&, const Runtime&, TileStats*);  // stats may be null
   void (*cope_fwd)(const CopeParams&, const Runtime&, TileStats*);
   void (*cope_bwd)(const CopeBwdParams&, const Runtime&, TileStats*);
+  void (*landmark_fwd)(const LandmarkParams&, const Runtime&);
+  void (*landmark_bwd)(const LandmarkBwdParams&, const Runtime&);
   void (*merge_fwd)(const MergeParams&, const Runtime&);
   void (*merge_bwd)(const MergeBwdParams&, const Runtime&);
   void (*rotate)(const RotateParams*, int count, const Runtime&);      // count tensors in one pass
@@ -26,6 +28,8 @@ void attn_fwd(const AttnParams&, const Runtime&, TileStats*);
 void attn_bwd(const AttnBwdParams&, const Runtime&, TileStats*);
 void cope_fwd(const CopeParams&, const Runtime&, TileStats*);
 void cope_bwd(const CopeBwdParams&, const Runtime&, TileStats*);
+void landmark_fwd(const LandmarkParams&, const Runtime&);
+void landmark_bwd(const LandmarkBwdParams&, const Runtime&);
 void merge_fwd(const MergeParams&, const Runtime&);
 void merge_bwd(const MergeBwdParams&, const Runtime&);
 void rotate(const RotateParams*, int count, const Runtime&);

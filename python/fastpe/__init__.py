@@ -7,6 +7,7 @@ from ._info import info
 from ._rope import Rope
 from ._stats import tile_stats
 from .attention import attention
+from .landmark import landmark_attention, landmark_retrieval
 from .merge import merge
 from .prefix import Prefix, prefix_sum
 from .rotary import apply_rotary, apply_rotary_pair
@@ -24,6 +25,8 @@ __all__ = [
     "bias",
     "config",
     "info",
+    "landmark_attention",
+    "landmark_retrieval",
     "mask",
     "merge",
     "nn",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ._reference_rope import rotate
+
 Tensor = torch.Tensor
 
 
@@ -30,3 +32,65 @@ def merge(outs, lses, weights=None) -> tuple[Tensor, Tensor]:
     has = (lses != -torch.inf)[..., None]
     out = ((e / total)[..., None] * torch.where(has, outs, torch.zeros_like(outs))).sum(0)
     return out, torch.where(empty, -torch.inf, top + torch.log(total))
+
+
+def landmark_attention(
+    query, key, value, is_landmark, *, rope=None, mask=None, positions=None, key_positions=None, scale=None, return_lse=False
+):
+    """`fastpe.landmark_attention` as one dense float64 computation.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 9, 8)
+    >>> is_landmark = torch.tensor([0, 0, 1, 0, 1, 0, 0, 0, 1], dtype=torch.bool)
+    >>> got = fastpe.landmark_attention(q, q, q, is_landmark)
+    >>> torch.allclose(got.double(), fastpe.reference.landmark_attention(q, q, q, is_landmark), atol=1e-5)
+    True
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    (B, H, Nq, D), (_, Hk, Nk, _) = query.shape, key.shape
+    if rope is not None:
+        q_table, k_table = rope.materialize_tables(positions, key_positions, Nq, Nk, B, H, Hk, query.device)
+        query, key = (rotate(x, *t, rope.layout, False) for x, t in ((query, q_table), (key, k_table)))
+    real = None if mask is None else torch.stack([x.expand(B, Nk) for x in mask.padding]).all(0)
+    out, lse = grouped_softmax_attention(query, key, value, is_landmark, real, scale)
+    return (out, lse) if return_lse else out
+
+
+def grouped_softmax_attention(query, key, value, is_landmark, real=None, scale=None, softmax_dtype=torch.float64):
+    """The two softmaxes of landmark attention on dense arrays, the products in the inputs' dtype and everything between in
+    softmax_dtype. `real` (B|1, Nk): keys that are not padding."""
+    (B, H, Nq, D), (_, Hk, Nk, _) = query.shape, key.shape
+    key, value = (x.repeat_interleave(H // Hk, dim=1) for x in (key, value))
+    s = (D**-0.5 if scale is None else scale) * (query @ key.transpose(-1, -2)).to(softmax_dtype)
+    mark = is_landmark.expand(B, Nk)
+    real = torch.ones_like(mark) if real is None else real.expand(B, Nk)
+    block = mark.long().cumsum(-1) - mark.long()  # landmarks before j
+    j, i = torch.arange(Nk), torch.arange(Nq) + Nk - Nq
+    own = block.gather(-1, i.clamp(min=0).expand(B, Nq))[..., None] if Nk else i.new_zeros(B, Nq, 1)
+    seen = (j <= i[:, None]) & real[:, None, :]
+    mark, block = mark[:, None, :], block[:, None, :]
+    a = _softmax(s, (seen & ~mark & (block == own) | seen & mark & (block < own))[:, None])
+
+    # P(i, j) of an earlier block: the share of its landmark times the softmax inside the block.
+    p = torch.where(mark[:, None], 0.0, a.probability)
+    for c in range(int(block.max()) + 1 if Nk else 0):
+        inside = (block == c)[:, None]
+        inner = _softmax(s, inside & (seen & ~mark & (own > c))[:, None]).probability
+        share = torch.where(inside & mark[:, None], a.probability, 0.0).sum(-1, keepdim=True)
+        p = p + share * inner
+    return p.to(value.dtype) @ value, a.lse
+
+
+class _softmax:
+    """Softmax over the visible entries of the last axis: rows shifted by their maximum, an empty row by 0."""
+
+    def __init__(self, s: Tensor, visible: Tensor):
+        s = torch.where(visible, s, -torch.inf)
+        top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+        top = torch.where(top == -torch.inf, torch.zeros_like(top), top)
+        e = torch.exp(s - top)
+        total = e.sum(-1, keepdim=True)
+        empty = total == 0
+        total = torch.where(empty, torch.ones_like(total), total)
+        self.probability = e / total
+        self.lse = torch.where(empty, -torch.inf, top + torch.log(total))[..., 0]

@@ -203,9 +203,9 @@ def _check_kinds(rope, bias, mask, region, is_causal, return_lse, softcap_includ
             raise TypeError(f"{_WHERE}: {what} must be {how}, got {type(x).__name__}")
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _autocast(query: Tensor, key: Tensor, value: Tensor, where: str = _WHERE) -> tuple[Tensor, Tensor, Tensor]:
     for what, x in (("query", query), ("key", key), ("value", value)):
-        _check.is_float(_WHERE, what, x)
+        _check.is_float(where, what, x)
     device = query.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return query, key, value
@@ -213,53 +213,53 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor, where: str = _WHERE) -> tuple[int, int, int, int, int]:
     for what, x in (("query", query), ("key", key), ("value", value)):
         if x.layout != torch.strided or x.is_nested:
-            raise TypeError(f"{_WHERE}: {what} must be a dense strided tensor")
+            raise TypeError(f"{where}: {what} must be a dense strided tensor")
         if x.dim() != 4:
-            raise ValueError(f"{_WHERE}: {what} must have 4 dimensions (batch, heads, tokens, channels), got {_check.shape(x)}")
+            raise ValueError(f"{where}: {what} must have 4 dimensions (batch, heads, tokens, channels), got {_check.shape(x)}")
     for what, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
-            raise TypeError(f"{_WHERE}: {what} is {_check.name(x.dtype)}, query is {_check.name(query.dtype)}")
-        _check.on_device(_WHERE, what, x, query.device)
+            raise TypeError(f"{where}: {what} is {_check.name(x.dtype)}, query is {_check.name(query.dtype)}")
+        _check.on_device(where, what, x, query.device)
     B, H, Nq, D = query.shape
     _, Hk, Nk, Dv = value.shape
     for what, x in (("key", key), ("value", value)):
         if x.shape[0] != B:
-            raise ValueError(f"{_WHERE}: {what} has batch size {x.shape[0]}, query has {B}")
+            raise ValueError(f"{where}: {what} has batch size {x.shape[0]}, query has {B}")
     if H < 1:
-        raise ValueError(f"{_WHERE}: query has no heads")
+        raise ValueError(f"{where}: query has no heads")
     if key.shape[1] != Hk:
-        raise ValueError(f"{_WHERE}: value has {Hk} heads, key has {key.shape[1]}")
+        raise ValueError(f"{where}: value has {Hk} heads, key has {key.shape[1]}")
     if Hk < 1 or H % Hk:
-        raise ValueError(f"{_WHERE}: key has {Hk} heads, which does not divide query's {H}")
+        raise ValueError(f"{where}: key has {Hk} heads, which does not divide query's {H}")
     if key.shape[2] != Nk:
-        raise ValueError(f"{_WHERE}: value has {Nk} tokens, key has {key.shape[2]}")
+        raise ValueError(f"{where}: value has {Nk} tokens, key has {key.shape[2]}")
     if key.shape[3] != D:
-        raise ValueError(f"{_WHERE}: key has {key.shape[3]} channels, query has {D}")
+        raise ValueError(f"{where}: key has {key.shape[3]} channels, query has {D}")
     for what, channels in (("query", D), ("value", Dv)):
         if not 8 <= channels <= 256 or channels % 8:
-            raise ValueError(f"{_WHERE}: {what} must have 8 to 256 channels in steps of 8, got {channels}")
+            raise ValueError(f"{where}: {what} must have 8 to 256 channels in steps of 8, got {channels}")
     for what, x in (("query", query), ("key", key), ("value", value)):
         if x.stride(3) != 1:
             raise ValueError(
-                f"{_WHERE}: {what}'s last dimension must be contiguous, its stride is {x.stride(3)}; pass {what}.contiguous()"
+                f"{where}: {what}'s last dimension must be contiguous, its stride is {x.stride(3)}; pass {what}.contiguous()"
             )
     return B, H, Nq, D, Nk
 
 
-def _rotation(call: Call, rope: Rope | None, positions, key_positions, D: int, Hk: int):
+def _rotation(call: Call, rope: Rope | None, positions, key_positions, D: int, Hk: int, where: str = _WHERE):
     """q table, k table, layout id."""
     if rope is None:
         for what, x in (("positions", positions), ("key_positions", key_positions)):
             if x is not None:
-                raise ValueError(f"{_WHERE}: {what} are for rope, which is None; a bias takes its own positions")
+                raise ValueError(f"{where}: {what} are for rope, which is None; a bias takes its own positions")
         return None, None, 0
     if rope.rotary_dim > D:
-        raise ValueError(f"{_WHERE}: rope turns {rope.rotary_dim} channels, query has {D}")
+        raise ValueError(f"{where}: rope turns {rope.rotary_dim} channels, query has {D}")
     tables = rope.tables(
-        positions, key_positions, call.Nq, call.Nk, call.B, call.H, Hk, out_dtype=call.dtype, device=call.device
+        positions, key_positions, call.Nq, call.Nk, call.B, call.H, Hk, out_dtype=call.dtype, device=call.device, where=where
     )
     return *tables, _LAYOUTS[rope.layout]
 
