@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, ...] | None] = {
     "bias_relproj": None,
     "chunk_swa": ("packed",),
     "chunk_lse_merge": ("two",),
+    "chunk_keymass": ("a",),
     "chunk_landmark": ("irregular",),
     "chunk_landmark_cache": ("inc",),
 }  # fmt: skip

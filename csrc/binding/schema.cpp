@@ -33,6 +33,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
       "landmark_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor is_landmark, "
       "Tensor? visible, Tensor? q_rope, Tensor? k_rope, int rope_layout, float scale, int needs) -> "
       "(Tensor dq, Tensor dk, Tensor dv)");
+  m.def("attn_mass(Tensor q, Tensor k, Tensor lse, Tensor? weights, " FASTPE_ATTN_ARGS ") -> Tensor");
+  m.def("attn_rows(Tensor q, Tensor k, Tensor? lse, int rows, bool logits, " FASTPE_ATTN_ARGS ") -> Tensor");
   m.def("merge_fwd(Tensor[] outs, Tensor[] lses, float[] factors) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_bwd(Tensor? dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, float[] factors, int needs) -> "

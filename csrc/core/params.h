@@ -174,6 +174,17 @@ struct CopeBwdParams {
   int64_t needs = 0;
 };
 
+// What attention gives every key, or the probabilities or logits of the last rows: chunked.md M6. fwd.lse is an input (not
+// read for logits), fwd.v, o and sink are not used. Either mass or rows_out is given.
+struct MassParams {
+  AttnParams fwd;
+  Aux weights;                 // (B|1,H|1,Nq) factor of a row; may be null (1)
+  void* mass = nullptr;        // aux (B,H,Nk) contiguous: sum over i of weights_i P_ij
+  void* rows_out = nullptr;    // aux (B,H,rows,Nk) contiguous
+  int64_t rows = 0;            // last rows of the queries
+  bool logits = false;         // scores, -inf where hidden, instead of probabilities
+};
+
 // Attention with a softmax of two levels: chunked.md 3.10. attn must be causal and without bias, row scale, softcap, sink.
 struct LandmarkParams {
   AttnParams attn;

@@ -209,12 +209,9 @@ struct Forward {
     block(packs[w], b, h, qb, scratch(worker));
   }
 
-  void block(const KVPack<E>& kv, int64_t b, int64_t h, int64_t qb, FwdScratch<E> w) {
-    const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = i0 + call.offset;
-    const int64_t lanes = tiles::round_up(rows, L);
-    const int64_t units = kBN<E> / E::kPack;
-    const double skip = skip_log2(p);
-
+  // The rows of a block as operands, turned once for every region they can reach, with their scale and length.
+  void load_queries(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, const FwdScratch<E>& w) const {
+    const int64_t I0 = i0 + call.offset;
     const S* rho = at<S>(p.row_scale, b, h);
     for (int64_t r = 0; r < rows; ++r) w.scale->c[r] = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1)) * S(kLog2e);
     for (int64_t r = 0; r < lanes; ++r) {
@@ -234,6 +231,15 @@ struct Forward {
       measured = true;
       pack_transposed<E>(w.qt + x * q_step(), kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
     }
+  }
+
+  void block(const KVPack<E>& kv, int64_t b, int64_t h, int64_t qb, FwdScratch<E> w) {
+    const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = i0 + call.offset;
+    const int64_t lanes = tiles::round_up(rows, L);
+    const int64_t units = kBN<E> / E::kPack;
+    const double skip = skip_log2(p);
+
+    load_queries(b, h, i0, rows, lanes, w);
 
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));

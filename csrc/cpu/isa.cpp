@@ -16,6 +16,7 @@ const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA) = {
     fastpe::cpu::FASTPE_ISA::cope_bwd,
     fastpe::cpu::FASTPE_ISA::landmark_fwd,
     fastpe::cpu::FASTPE_ISA::landmark_bwd,
+    fastpe::cpu::FASTPE_ISA::attn_mass,
     fastpe::cpu::FASTPE_ISA::merge_fwd,
     fastpe::cpu::FASTPE_ISA::merge_bwd,
     fastpe::cpu::FASTPE_ISA::rotate,

@@ -13,6 +13,7 @@ struct KernelTable {
   void (*cope_bwd)(const CopeBwdParams&, const Runtime&, TileStats*);
   void (*landmark_fwd)(const LandmarkParams&, const Runtime&);
   void (*landmark_bwd)(const LandmarkBwdParams&, const Runtime&);
+  void (*attn_mass)(const MassParams&, const Runtime&);
   void (*merge_fwd)(const MergeParams&, const Runtime&);
   void (*merge_bwd)(const MergeBwdParams&, const Runtime&);
   void (*rotate)(const RotateParams*, int count, const Runtime&);      // count tensors in one pass
@@ -30,6 +31,7 @@ void cope_fwd(const CopeParams&, const Runtime&, TileStats*);
 void cope_bwd(const CopeBwdParams&, const Runtime&, TileStats*);
 void landmark_fwd(const LandmarkParams&, const Runtime&);
 void landmark_bwd(const LandmarkBwdParams&, const Runtime&);
+void attn_mass(const MassParams&, const Runtime&);
 void merge_fwd(const MergeParams&, const Runtime&);
 void merge_bwd(const MergeBwdParams&, const Runtime&);
 void rotate(const RotateParams*, int count, const Runtime&);

@@ -8,6 +8,7 @@ from ._rope import Rope
 from ._stats import tile_stats
 from .attention import attention
 from .landmark import landmark_attention, landmark_retrieval
+from .mass import attention_mass, attention_rows
 from .merge import merge
 from .prefix import Prefix, prefix_sum
 from .rotary import apply_rotary, apply_rotary_pair
@@ -22,6 +23,8 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_pair",
     "attention",
+    "attention_mass",
+    "attention_rows",
     "bias",
     "config",
     "info",

@@ -94,3 +94,38 @@ class _softmax:
         total = torch.where(empty, torch.ones_like(total), total)
         self.probability = e / total
         self.lse = torch.where(empty, -torch.inf, top + torch.log(total))[..., 0]
+
+
+def attention_rows(query, key, lse=None, *, rows: int = 1, logits: bool = False, **call) -> Tensor:
+    """`fastpe.attention_rows` in float64; lse is formed again.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 6, 8)
+    >>> _, lse = fastpe.attention(q, q, q, return_lse=True)
+    >>> got = fastpe.attention_rows(q, q, lse, rows=3)
+    >>> torch.allclose(got.double(), fastpe.reference.attention_rows(q, q, rows=3), atol=1e-5)
+    True
+    """
+    from . import reference
+
+    # Attention over unit vectors returns the probabilities.
+    units = torch.eye(key.shape[2], dtype=torch.float64, device=key.device).expand(*key.shape[:2], -1, -1)
+    p, lse = reference.attention(query, key, units, **call, return_lse=True)
+    first = query.shape[2] - rows
+    return (torch.log(p) + lse[..., None] if logits else p)[:, :, first:]
+
+
+def attention_mass(query, key, lse=None, *, rows: int | None = None, row_weights=None, **call) -> Tensor:
+    """`fastpe.attention_mass` in float64; lse is formed again.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 6, 8)
+    >>> _, lse = fastpe.attention(q, q, q, return_lse=True)
+    >>> got = fastpe.attention_mass(q, q, lse)
+    >>> torch.allclose(got.double(), fastpe.reference.attention_mass(q, q), atol=1e-5)
+    True
+    """
+    p = attention_rows(query, key, rows=query.shape[2] if rows is None else rows, **call)
+    if row_weights is not None:
+        p = p * row_weights.double()[..., row_weights.shape[-1] - p.shape[2] :, None]
+    return p.sum(2)

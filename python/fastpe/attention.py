@@ -98,7 +98,43 @@ def attention(
     _check_kinds(rope, bias, mask, region, is_causal, return_lse, softcap_includes_bias)
     query, key, value = _autocast(query, key, value)
     B, H, Nq, D, Nk = _check_qkv(query, key, value)
+    ready = _ready(
+        query, key, D, rope=rope, bias=bias, mask=mask, region=region, positions=positions, key_positions=key_positions, scale=scale,
+        row_scale=row_scale, softcap=softcap, softcap_includes_bias=softcap_includes_bias, is_causal=is_causal,
+    )  # fmt: skip
+    if isinstance(bias, Contextual):
+        if not ready.seen.banded:
+            raise NotImplementedError(
+                f"{_WHERE}: mask intervals, segments and block lists do not go with bias {type(bias).__name__}; use fastpe.mask.dense"
+            )
+        others = {"head_scale": head_scale, "row_scale": row_scale, "softcap": softcap, "temperature": temperature}
+        out, lse = _contextual(ready.call, ready.query, ready.key, value, bias, ready.rotation, ready.seen, ready.scale, sink, others)
+        return (out, lse) if return_lse else out
+    args, learned = _op_args(ready, bias, head_scale, temperature, sink, softcap_includes_bias)
+    # In 16 bits, gradients of parameters need what rounding took from out (csrc/core/params.h: residual).
+    out, lse, _ = torch.ops.fastpe.attn_fwd(ready.query, ready.key, value, *args, learned)
+    return (out, lse) if return_lse else out
 
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """A call whose positions, visibility and plain numbers are settled."""
+
+    call: Call
+    query: Tensor
+    key: Tensor
+    rotation: tuple[Tensor | None, Tensor | None, int]  # q tables, k tables, layout id
+    plan: RegionPlan | None
+    seen: OpMask
+    scale: float
+    row_scale: Tensor | None
+    softcap: float  # 0: none
+
+
+def _ready(
+    query, key, D, *, rope, bias, mask, region, positions, key_positions, scale, row_scale, softcap, softcap_includes_bias, is_causal
+) -> _Ready:
+    (B, H, Nq, _), (_, Hk, Nk, _) = query.shape, key.shape
     scale = D**-0.5 if scale is None else _check.number(_WHERE, "scale", scale)
     if softcap_includes_bias and softcap is None:
         raise ValueError(f"{_WHERE}: softcap_includes_bias without softcap")
@@ -111,9 +147,9 @@ def attention(
 
     plan = None if region is None else _plan(call, region, rope, bias, positions, key_positions)
     if plan is None:
-        q_rope, k_rope, layout = _rotation(call, rope, positions, key_positions, D, key.shape[1])
+        q_rope, k_rope, layout = _rotation(call, rope, positions, key_positions, D, Hk)
     else:
-        q_rope, k_rope, layout = _region_rotation(call, rope, region, plan, D, key.shape[1])
+        q_rope, k_rope, layout = _region_rotation(call, rope, region, plan, D, Hk)
         scale *= plan.amplitude
         if plan.row_factor is not None:
             row_scale = plan.row_factor if row_scale is None else row_scale * plan.row_factor.to(row_scale.dtype)
@@ -124,19 +160,17 @@ def attention(
         query, key = torch.ops.fastpe.rotate_pair(query, key, q_rope, k_rope, layout, False)
         q_rope = k_rope = None
     seen = Mask().op_args(call) if mask is None else mask.op_args(call)
-    if isinstance(bias, Contextual):
-        if not seen.banded:
-            raise NotImplementedError(
-                f"{_WHERE}: mask intervals, segments and block lists do not go with bias {type(bias).__name__}; use fastpe.mask.dense"
-            )
-        others = {"head_scale": head_scale, "row_scale": row_scale, "softcap": softcap or None, "temperature": temperature}
-        out, lse = _contextual(call, query, key, value, bias, (q_rope, k_rope, layout), seen, scale, sink, others)
-        return (out, lse) if return_lse else out
+    return _Ready(call, query, key, (q_rope, k_rope, layout), plan, seen, scale, row_scale, softcap)
+
+
+def _op_args(r: _Ready, bias: Bias | None, head_scale, temperature, sink, softcap_includes_bias: bool) -> tuple[tuple, bool]:
+    """The arguments of torch.ops.fastpe.attn_fwd between value and keep_residual, and whether one of them learns."""
+    call, seen, plan = r.call, r.seen, r.plan
     b = OpBias() if bias is None else bias.op_args(call)
-    rho, scale = _row_scale(call, head_scale, row_scale, scale)
-    softcap_mul = softcap
+    rho, scale = _row_scale(call, head_scale, r.row_scale, r.scale)
+    softcap_mul = r.softcap
     if temperature is not None:
-        b, rho, scale, softcap_mul = _divide_by_temperature(call, temperature, b, rho, scale, softcap, softcap_includes_bias)
+        b, rho, scale, softcap_mul = _divide_by_temperature(call, temperature, b, rho, scale, r.softcap, softcap_includes_bias)
     if sink is not None:
         if bias is not None and bias.shifts_rows:
             raise NotImplementedError(
@@ -144,22 +178,18 @@ def attention(
                 "depends on it; use row_term=True"
             )
         sink = _sink(call, sink)
-
-    # In 16 bits, gradients of parameters need what rounding took from out (csrc/core/params.h: residual).
-    learned = (b.params, b.gamma, b.u, b.w, b.table, b.pieces, b.omega, b.rows, b.cols, b.dense, b.factor, b.pairs, rho, sink)
-    keep_residual = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
-
-    out, lse, _ = torch.ops.fastpe.attn_fwd(
-        query, key, value, q_rope, k_rope, layout,
+    args = (
+        *r.rotation,
         b.form, b.params, b.gamma, b.u, b.w, b.base, b.table,
         seen.left, seen.right, seen.sinks, seen.q_ids, seen.k_ids, seen.mask,
-        rho, sink, scale, softcap, softcap_mul, config.skip_bound_for(query.dtype),
+        rho, sink, scale, r.softcap, softcap_mul, config.skip_bound_for(r.query.dtype),
         b.pieces, b.omega, b.rows, b.cols, b.index, b.dense, softcap_includes_bias,
         b.factor, b.pairs, b.q_seg, b.k_seg,
         seen.intervals, seen.lower, seen.q_seg, seen.k_seg, seen.relation, seen.block_map, seen.block_q, seen.block_k,
-        0 if plan is None else plan.kind, 1 if plan is None else plan.size, keep_residual,
+        0 if plan is None else plan.kind, 1 if plan is None else plan.size,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    learned = (b.params, b.gamma, b.u, b.w, b.table, b.pieces, b.omega, b.rows, b.cols, b.dense, b.factor, b.pairs, rho, sink)
+    return args, torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
 
 
 def _contextual(call: Call, query, key, value, bias: Contextual, rotation, seen: OpMask, scale: float, sink, others):
