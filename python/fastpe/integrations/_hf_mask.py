@@ -18,8 +18,9 @@ import torch
 from transformers import masking_utils
 
 from .. import _check
-from .. import mask as masks
 from .. import bias as biases
+from .. import mask as masks
+from ._rows import seen_by_rows
 
 Tensor = torch.Tensor
 
@@ -224,15 +225,15 @@ def _window(first: Tensor, after: Tensor, rows: int, offset: int) -> int | None:
 
 
 def _by_rows(mask: Tensor, rows: int, keys: int) -> masks.Mask:
-    """The general rule: key j is seen by rows first_j <= i < after_j."""
     mask = mask[:1] if mask.stride(0) == 0 else mask
-    row = torch.arange(rows, device=mask.device)[:, None]
-    return masks.dense((row >= mask[:, :, ROWS, None, :]) & (row < mask[:, :, AFTER, None, :]))
+    return seen_by_rows(mask[:, 0, ROWS], mask[:, 0, AFTER], rows, keys)
 
 
 def is_closed(mask: masks.Mask | None) -> bool:
     """Causal, a window, or everything: what depends on I - j alone."""
-    return mask is None or not (mask.documents or mask.padding or mask.dense)
+    if mask is None:
+        return True
+    return not any(getattr(mask, f.name) for f in dataclasses.fields(mask) if f.name not in ("left", "right", "sinks"))
 
 
 def rows_apart(mask: Tensor, entry: int) -> tuple[int, int, Tensor]:
