@@ -136,7 +136,7 @@ def measure(name: str, mode: str, dtype: str) -> None:
     want = None
     for backend in (*_BACKENDS, "fastpe"):
         if backend == "flex_attention" and (mode == "decode" or name == "t5"):
-            why[backend] = "not tried: compiled for minutes, for each length of a cache" if mode == "decode" else "its table does not compile on a CPU"
+            why[backend] = "not tried: compiled anew for every length of a cache" if mode == "decode" else "its table did not compile on a CPU"
             continue
         try:
             call = make(name, build(name, backend, DTYPES[dtype]))
@@ -181,8 +181,11 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated")
     parser.add_argument("--dtypes", default="fp32,bf16", help="comma-separated")
+    parser.add_argument("--backends", default=",".join(_BACKENDS), help="comma-separated, beside fastpe")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
+    global _BACKENDS
+    _BACKENDS = tuple(args.backends.split(","))
     torch.set_num_threads(1)
     hf.register()
     for name in args.models.split(","):

@@ -197,8 +197,11 @@ def _read(mask: Tensor, rows: int, keys: int) -> Visibility:
     # A static cache ends in keys that are not written yet. Rows stay the last of the keys, where they were among them.
     used = max(int(seen[-1]) + 1 if seen.numel() else 0, min(keys, offset + rows), 1)
     first, after = first[:, :used], after[:, :used]
-    if bool(((first <= 0) & (after >= rows)).all()):
+    full, hidden = (first <= 0) & (after >= rows), after <= first
+    if bool(full.all()):
         return Visibility(used, None, offset)
+    if bool((full | hidden).all()):
+        return Visibility(used, masks.padding(full), offset)
     if offset + rows == used:
         window = _window(first, after, rows, offset)
         if window is not None:

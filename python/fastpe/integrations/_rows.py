@@ -11,7 +11,8 @@ Tensor = torch.Tensor
 
 def seen_by_rows(first: Tensor, after: Tensor, rows: int, keys: int) -> masks.Mask:
     """Key j is seen by the rows first[j] <= i < after[j]; (B | 1, Nk) integers."""
-    if rows <= keys and hasattr(masks, "intervals"):
+    if rows <= keys:
         return masks.intervals(first + (keys - rows), after + (keys - rows))
+    # Rows before the first key have no index that intervals could name.
     row = torch.arange(rows, device=first.device)[:, None]
     return masks.dense(((row >= first[:, None]) & (row < after[:, None]))[:, None])
