@@ -129,12 +129,12 @@ def train(name: str, model, n: int = TRAIN):
     return call
 
 
-def measure(name: str, mode: str, dtype: str) -> None:
+def measure(name: str, mode: str, dtype: str, backends: tuple[str, ...]) -> None:
     make = {"prefill": prefill, "decode": decode, "train": train}[mode]
     count = {"prefill": PREFILL, "decode": 1, "train": TRAIN}[mode]
     candidates, why = {}, {}
     want = None
-    for backend in (*_BACKENDS, "fastpe"):
+    for backend in (*backends, "fastpe"):
         if backend == "flex_attention" and (mode == "decode" or name == "t5"):
             why[backend] = "not tried: compiled anew for every length of a cache" if mode == "decode" else "its table did not compile on a CPU"
             continue
@@ -155,10 +155,10 @@ def measure(name: str, mode: str, dtype: str) -> None:
     report(row | {"ratio": {b: middle for b, (_, middle, _) in over.items()}, "cannot": why})
 
 
-def memory(name: str, dtype: str) -> None:
+def memory(name: str, dtype: str, backends: tuple[str, ...]) -> None:
     """Peak bytes that a training step adds; the gradients are there, as in every step but the first."""
     row = {"model": name, "mode": "memory", "dtype": dtype, "tokens": PREFILL, "extra_mb": {}, "cannot": {}}
-    for backend in ("eager", "sdpa", "fastpe"):
+    for backend in (*(b for b in backends if b != "flex_attention"), "fastpe"):
         try:
             model = build(name, backend, DTYPES[dtype])
             train(name, model, 64)()
@@ -184,14 +184,13 @@ def main() -> None:
     parser.add_argument("--backends", default=",".join(_BACKENDS), help="comma-separated, beside fastpe")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
-    global _BACKENDS
-    _BACKENDS = tuple(args.backends.split(","))
+    backends = tuple(args.backends.split(","))
     torch.set_num_threads(1)
     hf.register()
     for name in args.models.split(","):
         for mode in args.modes.split(","):
             for dtype in args.dtypes.split(","):
-                memory(name, dtype) if mode == "memory" else measure(name, mode, dtype)
+                memory(name, dtype, backends) if mode == "memory" else measure(name, mode, dtype, backends)
     if args.json:
         write_json(args.json, {"machine": machine(), "rows": ROWS})
 
