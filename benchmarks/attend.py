@@ -13,11 +13,13 @@ import torch
 import torch._functorch.config as functorch
 import torch.nn.functional as F
 from registry import PASSES, Case, Tensor, Work, Wrong
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastpe
 from fastpe.testing import compare
 
 ROWS = 64
+BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
 
 # Largest error of a peer, relative to the largest entry: what shows that it computes the same thing, forward and backward.
 PEER_TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (5e-2, 1e-1), "fp16": (1e-2, 5e-2)}
@@ -89,6 +91,15 @@ class Attention:
         """Attention without what the method adds: fastpe's, and scaled_dot_product_attention's."""
         self.add("fastpe none", lambda: self.fused(), kwargs=lambda p, rows: {})
         self.add("sdpa", lambda: sdpa(self.q, self.k, self.v, is_causal=self.causal), kwargs=lambda p, rows: {})
+        for name, backend in BACKENDS.items() if self.case.device == "cuda" else ():
+            self.add(name, self._by_backend(backend), kwargs=lambda p, rows: {})
+
+    def _by_backend(self, backend: SDPBackend) -> Callable[[], Tensor]:
+        def attend():
+            with sdpa_kernel([backend]):
+                return sdpa(self.q, self.k, self.v, is_causal=self.causal)
+
+        return attend
 
     def add_dense(self, bias: Callable[[dict[str, Tensor]], Tensor]) -> None:
         """Peers that hold the bias as an array; bias(params) -> float32, broadcastable to (B, H, N, N).

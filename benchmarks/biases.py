@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from attend import Attention
+from attend import BACKENDS, Attention
 from registry import Case, Tensor, Work, family
 
 import fastpe
@@ -33,14 +33,14 @@ def _key_index(case: Case) -> Tensor:
     return torch.arange(case.shape.Nk, device=case.device, dtype=torch.float32)
 
 
-@family("none", peers=("sdpa",))
+@family("none", peers=("sdpa", *BACKENDS))
 def none(case: Case, wanted: frozenset[str]) -> Work:
     a = Attention(case, wanted)
     a.add_plain()
     return a.work()
 
 
-@family("full", peers=("sdpa",), shapes=("XS",))
+@family("full", peers=("sdpa", *BACKENDS), shapes=("XS",))
 def full(case: Case, wanted: frozenset[str]) -> Work:
     """Every key visible."""
     a = Attention(case, wanted, causal=False)

@@ -48,6 +48,9 @@ def suite(name: str, device: str) -> dict[Case, frozenset[str] | None]:
         for t in promised.cpu() if device == "cpu" else promised.cuda():
             for c in t.cases:
                 wanted.setdefault(registry.case(c), set()).update(t.candidates if c == t.case else ())
+        for c, candidates in wanted.items():
+            if device == "cuda" and c.method in ("none", "full"):
+                candidates.update(FAMILIES[c.method].peers)  # no target, but what one would run there
         return {c: frozenset(w) for c, w in wanted.items()}
     if name == "lengths":
         picked = {"alibi": ("fwd", {"sdpa", "mask", "column", "flex", "x-transformers"}), "cable": ("fwd+bwd", {"sdpa", "compiled"})}
@@ -136,9 +139,10 @@ def _child(connection, task, args) -> None:
     connection.close()
 
 
-def apart(task, args: tuple, timeout: float):
-    """task(*args, say) in a forked process: ("done", result), or ("failed" | "crashed", message, where it was)."""
-    context = multiprocessing.get_context("fork")
+def apart(task, args: tuple, timeout: float, device: str):
+    """task(*args, say) in a process of its own: ("done", result), or ("failed" | "crashed", message, where it was)."""
+    # A forked process has torch loaded; one that is to use a GPU must start afresh.
+    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, task, args))
     process.start()
@@ -168,7 +172,7 @@ def run_case(c: Case, wanted: frozenset[str], options: dict) -> dict:
     """measure() apart; candidates that take the process down become rows, and the others are measured without them."""
     lost: list[dict] = []
     while True:
-        kind, *what = apart(measure, (c, wanted, options), options["timeout"])
+        kind, *what = apart(measure, (c, wanted, options), options["timeout"], c.device)
         if kind == "done":
             what[0]["rows"] += lost
             return what[0]
@@ -215,7 +219,7 @@ def is_wrong(results: list[dict]) -> bool:
 
 def run(cases: dict[Case, frozenset[str]], options: dict, out: pathlib.Path, device: str, name: str) -> list[dict]:
     """Measures the cases in turn and keeps the results file up to date."""
-    kind, *facts = apart(_machine, (device, options["threads"]), 120)
+    kind, *facts = apart(_machine, (device, options["threads"]), 120.0, device)
     if kind != "done":
         raise SystemExit(f"benchmarks: {facts[0]}")
     payload = {"suite": name, "machine": facts[0], "settings": options, "cases": [], "targets": []}

@@ -5,15 +5,14 @@
 #
 # builds the package with its CUDA library, runs the conformance kernels, the CUDA tests, compute-sanitizer on a few of
 # them and the benchmarks, and writes OUT/gpu_check.json with device, versions, every result and every figure. PYTHON
-# (default: python3) needs torch with CUDA, numpy, pytest, hypothesis, pybind11, cmake and ninja; nvcc is on the PATH.
+# (default: python3) needs torch with CUDA, numpy, pytest, hypothesis, pybind11, tqdm, cmake and ninja; nvcc is on the PATH.
 # Exit status 0: every step passed.
 #
-# FASTPE_GPU_STEPS picks steps (default "build conformance tests sanitizer benchmarks"), FASTPE_GPU_LENGTH the
-# benchmarks' length (default 16384).
+# FASTPE_GPU_STEPS picks steps (default "build conformance tests sanitizer benchmarks").
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 1 ]; then
-  sed -n '2,13p' "$0" >&2
+  sed -n '2,12p' "$0" >&2
   exit 2
 fi
 mkdir -p "$1"

@@ -286,3 +286,9 @@ def test_peak_memory_is_that_of_the_call():
 def test_limit_is_a_rate():
     best = timing.limits("cpu", "float32")
     assert 0.5 < best["gflops"] < 2000 and 0.5 < best["copy_gbs"] < 1000
+
+
+def test_a_process_that_starts_afresh():
+    """As for a GPU, where nothing may be inherited: the task and its case travel by name."""
+    kind, result = program.apart(program.measure, (registry.case("none/XS/fp32/fwd"), frozenset({"sdpa"}), OPTIONS), 120.0, "cuda")
+    assert kind == "done" and [r["status"] for r in result["rows"]] == ["ok", "ok"]
