@@ -1,7 +1,8 @@
 """Decoding: one new query against a cache of keys, with grouped heads. Bound by reading keys and values once.
 
 Peers: scaled_dot_product_attention with enable_gqa ("sdpa"), with the heads of a group packed as query rows ("packed"),
-two batched products ("bmm"), and those under torch.compile ("compiled").
+two batched products ("bmm"), and those under torch.compile ("compiled"). The other calls of fastpe say what a bias, raw keys
+that are rotated in the call, and regions cost on top.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import fastpe
 from fastpe.testing import compare
 
 
-@family("decode", peers=("sdpa", "packed", "bmm", "compiled"), shapes=("D8",), passes=("fwd",))
+PEERS = ("sdpa", "packed", "bmm", "compiled")
+OWN = ("fastpe alibi", "fastpe cable", "fastpe rope", "fastpe self_extend", "fastpe dual_chunk")
+
+
+@family("decode", peers=(*PEERS, *OWN), shapes=("D8",), passes=("fwd",))
 def decode(case: Case, wanted: frozenset[str]) -> Work:
     s, dtype, device = case.shape, case.torch_dtype, case.device
     g = torch.Generator().manual_seed(0)
@@ -35,27 +40,46 @@ def decode(case: Case, wanted: frozenset[str]) -> Work:
         "bmm": lambda: products(packed, k, v).view_as(q),
         "compiled": lambda: compiled(packed, k, v).view_as(q),
     }
-    # One cached sequence and key head of each end: in float64 the whole cache would take gigabytes.
+    slopes = fastpe.bias.alibi_slopes(s.H, device=device)
+    increments = -0.01 * torch.rand(s.B, s.H, s.Nk, generator=g).to(device)
+    prefix, rope = fastpe.prefix_sum(increments), fastpe.rope.default(s.D)  # a cache keeps the sums
+    own = {
+        "fastpe alibi": {"bias": fastpe.bias.Alibi(slopes)},
+        "fastpe cable": {"bias": fastpe.bias.Cable(prefix)},
+        "fastpe rope": {"rope": rope},
+        "fastpe self_extend": {"rope": rope, "region": fastpe.region.self_extend(1024, 8)},
+        "fastpe dual_chunk": {"rope": rope, "region": fastpe.region.dual_chunk(3072, 512)},
+    }
+    for name, kwargs in own.items():
+        calls[name] = lambda kwargs=kwargs: fastpe.attention(q, k, v, is_causal=True, **kwargs)
     group = s.H // s.Hk
-    probes = [(0, 0), (s.B - 1, s.Hk - 1)]
-    exact, half = [], []
-    for b, h in probes:
-        one = q[b : b + 1, h * group : (h + 1) * group], k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1]
-        exact.append(fastpe.reference.attention(*one))
-        half.append(compare.eager_attention(*one))
+
+    def part(name: str, b: int, heads: slice) -> dict:
+        """The arguments of one sequence and some heads."""
+        if name == "fastpe alibi":
+            return {"bias": fastpe.bias.Alibi(slopes[heads])}
+        if name == "fastpe cable":
+            return {"bias": fastpe.bias.Cable(increments[b : b + 1, heads])}
+        return own.get(name, {})
 
     def check(name: str) -> float:
+        """One sequence and key head of each end: in float64 the whole cache would take gigabytes."""
         with torch.no_grad():
             out = calls[name]()
         worst = 0.0
-        for (b, h), want, own in zip(probes, exact, half):
-            error = compare.error(out[b : b + 1, h * group : (h + 1) * group], want)
-            if name == "fastpe" and case.dtype == "fp32":
-                allowed = compare.TOLERANCE[torch.float32][0]
-            elif name == "fastpe":
-                allowed = 2 * max(compare.error(own, want), torch.finfo(dtype).eps / 2) + 1e-5
-            else:
+        for b, h in ((0, 0), (s.B - 1, s.Hk - 1)):
+            heads = slice(h * group, (h + 1) * group)
+            one = q[b : b + 1, heads], k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1]
+            kwargs = part(name, b, heads)
+            want = fastpe.reference.attention(*one, is_causal=True, **kwargs)
+            error = compare.error(out[b : b + 1, heads], want)
+            if not name.startswith("fastpe"):
                 allowed = PEER_TOLERANCE[case.dtype][0]
+            elif case.dtype == "fp32":
+                allowed = compare.TOLERANCE[torch.float32][0]
+            else:
+                eager = compare.eager_attention(*one, is_causal=True, **kwargs)
+                allowed = 2 * max(compare.error(eager, want), torch.finfo(dtype).eps / 2) + 1e-5
             if not error <= allowed:
                 raise Wrong(f"error {error:.2g} of the largest entry, allowed {allowed:.2g}")
             worst = max(worst, error)

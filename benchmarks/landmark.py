@@ -1,80 +1,71 @@
-"""Landmark attention against causal attention of the same shapes: what the second level of the softmax costs.
+"""Landmark attention (arXiv 2305.16300) against causal attention of the same shape: what the second level of the softmax costs.
 
-    python benchmarks/landmark.py                            # shapes (1, 8, 1024 and 4096, 64), float32 and bf16, one thread
-    python benchmarks/landmark.py --every 51 --rounds 9
-    python benchmarks/landmark.py --json benchmarks/results/landmark.json
-
-The result is compared with the definition before anything is timed. CPU time of the process, candidates in turn.
+The number is the length of a block with its landmark; 51 and 64 are those of the released models.
 """
 
 from __future__ import annotations
 
-import argparse
+import torch
+from registry import PASSES, Case, Tensor, Work, Wrong, family
 
-from timing import interleave, keep_freed_memory, machine, write_json
+import fastpe
+from fastpe.testing import compare
 
-keep_freed_memory()
-
-import torch  # noqa: E402
-
-import fastpe  # noqa: E402
-
-TARGET = 1.3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": compare.TOLERANCE[torch.float32], "bf16": (2e-2, 4e-2)}
 
 
-def check(every: int, dtype: torch.dtype) -> float:
-    """The largest difference to the definition, relative to the largest entry."""
-    q, k, v = (torch.randn(1, 2, 300, 64).to(dtype) for _ in range(3))
-    is_landmark = torch.arange(300) % every == every - 1
-    got = fastpe.landmark_attention(q, k, v, is_landmark).double()
-    want = fastpe.reference.landmark_attention(q, k, v, is_landmark)
-    return float((got - want).abs().max() / want.abs().max())
+def _landmark(every: int):
+    def build(case: Case, wanted: frozenset[str]) -> Work:
+        s, dtype = case.shape, case.torch_dtype
+        g = torch.Generator().manual_seed(0)
+        sizes = [(s.B, h, s.Nk, s.D) for h in (s.H, s.Hk, s.Hk, s.H)]
+        q, k, v, dout = (torch.randn(x, generator=g).to(case.device, dtype) for x in sizes)
+        leaves = [x.requires_grad_(case.trains) for x in (q, k, v)]
+        is_landmark = torch.arange(s.Nk, device=case.device) % every == every - 1
+        attend = {
+            "fastpe": lambda: fastpe.landmark_attention(q, k, v, is_landmark),
+            "fastpe none": lambda: fastpe.attention(q, k, v, is_causal=True),
+        }
+        definition = {
+            "fastpe": lambda *x: fastpe.reference.landmark_attention(*x, is_landmark),
+            "fastpe none": lambda *x: fastpe.reference.attention(*x, is_causal=True),
+        }
 
+        def check(name: str) -> float:
+            """One head: a gradient that is zero in the others leaves theirs out."""
+            head = [x.detach()[:1, :1].double().requires_grad_(case.trains) for x in (q, k, v)]
+            want = definition[name](*head)
+            with torch.set_grad_enabled(case.trains):
+                out = attend[name]()
+            got, exact = [out.detach()[:1, :1]], [want.detach()]
+            if case.trains:
+                probe = torch.zeros_like(dout)
+                probe[:1, :1] = dout[:1, :1]
+                dq, dk, dv = torch.autograd.grad(out, leaves, probe)
+                got += [dq[:1, :1], dk[:1, :1], dv[:1, :1]]
+                exact += torch.autograd.grad(want, head, dout[:1, :1].double())
+            worst = 0.0
+            for i, (x, w) in enumerate(zip(got, exact, strict=True)):
+                error, allowed = compare.error(x, w), TOLERANCE[case.dtype][i > 0]
+                if not error <= allowed:
+                    raise Wrong(f"{'out' if i == 0 else f'gradient {i} of 3'}: error {error:.2g} of the largest entry, allowed {allowed:.2g}")
+                worst = max(worst, error)
+            return worst
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="1,8,1024,64 1,8,4096,64", help="B,H,N,D separated by blanks")
-    parser.add_argument("--every", default="51,64", help="lengths of a block with its landmark; 51 and 64 are the released models'")
-    parser.add_argument("--dtypes", default="fp32,bf16")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="write the figures there")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    rows = []
-    for name in args.dtypes.split(","):
-        dtype = DTYPES[name]
-        for every in map(int, args.every.split(",")):
-            error = check(every, dtype)
-            assert error < (2e-5 if name == "fp32" else 2e-2), error
-        for shape in args.shapes.split():
-            B, H, N, D = map(int, shape.split(","))
-            q, k, v, dout = (torch.randn(B, H, N, D).to(dtype) for _ in range(4))
-            leaves = [x.requires_grad_() for x in (q, k, v)]
-            calls = {"causal": lambda: fastpe.attention(*leaves, is_causal=True)}
-            for every in map(int, args.every.split(",")):
-                is_landmark = torch.arange(N) % every == every - 1
-                calls[f"landmark {every}"] = lambda m=is_landmark: fastpe.landmark_attention(*leaves, m)
-
-            def forward(call):
+        def timed(f):
+            def call() -> Tensor | tuple[Tensor, ...]:
+                if case.trains:
+                    return torch.autograd.grad(f(), leaves, dout)
                 with torch.no_grad():
-                    return call()
+                    return f()
 
-            def both(call):
-                return torch.autograd.grad(call(), leaves, dout)
+            return call
 
-            for what, run in (("forward", forward), ("forward+backward", both)):
-                times = interleave({n: (lambda c=c: run(c)) for n, c in calls.items()}, rounds=args.rounds)
-                base = times["causal"]["median_s"]
-                for case, t in times.items():
-                    ratio = t["median_s"] / base
-                    rows.append({"dtype": name, "shape": [B, H, N, D], "what": what, "case": case, "seconds": t["median_s"], "over_causal": ratio})
-                    mark = f"   target <= {TARGET:g} {'pass' if ratio <= TARGET else 'short'}" if what != "forward" and case != "causal" else ""
-                    print(f"{name} {shape:12s} {what:17s} {case:12s} {1e3 * t['median_s']:9.2f} ms  {ratio:5.2f} x causal{mark}", flush=True)
-    if args.json:
-        write_json(args.json, {"machine": machine(), "rows": rows})
+        flop = s.flop * PASSES[case.pass_]
+        return Work({n: timed(f) for n, f in attend.items() if n in wanted or n == "fastpe"}, check, flop)
+
+    return build
 
 
-if __name__ == "__main__":
-    main()
+for _every in (51, 64):
+    family(f"landmark{_every}", peers=("fastpe none",), shapes=("XS", "S1", "S2"))(_landmark(_every))

@@ -14,6 +14,7 @@ peer. benchmarks/report.py makes tables and pictures of the results and compares
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import pathlib
 import sys
@@ -32,7 +33,7 @@ from tqdm import tqdm  # noqa: E402
 
 import fastpe  # noqa: E402
 
-import biases, decoding, regions, rotary, threads  # noqa: E401, E402, F401  isort: skip  each registers its families
+import biases, decoding, landmark, regions, rotary, threads  # noqa: E401, E402, F401  isort: skip  each registers its families
 
 LENGTHS = (512, 1024, 2048, 4096)
 
@@ -217,21 +218,34 @@ def is_wrong(results: list[dict]) -> bool:
     return any(r["status"] == "wrong" for result in results for r in result["rows"])
 
 
-def run(cases: dict[Case, frozenset[str]], options: dict, out: pathlib.Path, device: str, name: str) -> list[dict]:
-    """Measures the cases in turn and keeps the results file up to date."""
+def kept(out: pathlib.Path, name: str, measured_again: set[str]) -> dict[str, dict]:
+    """The cases of a results file of the same suite, by name, but for those."""
+    if not out.exists():
+        return {}
+    try:
+        before = json.loads(out.read_text())
+        if before["suite"] != name:
+            raise SystemExit(f"benchmarks: {out} holds the suite {before['suite']}, not {name}")
+        return {c["case"]: c for c in before["cases"] if c["case"] not in measured_again}
+    except (ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f"benchmarks: {out} is not a results file ({type(e).__name__}: {e})") from None
+
+
+def run(cases: dict[Case, frozenset[str]], options: dict, out: pathlib.Path, device: str, name: str, before: dict[str, dict]) -> list[dict]:
+    """Measures the cases in turn and keeps the results file up to date, which starts with the cases `before`."""
     kind, *facts = apart(_machine, (device, options["threads"]), 120.0, device)
     if kind != "done":
         raise SystemExit(f"benchmarks: {facts[0]}")
     payload = {"suite": name, "machine": facts[0], "settings": options, "cases": [], "targets": []}
     # Work ahead in FLOP, so that the time left is about right; a case costs as much as 20 GFLOP before any product.
     effort = {c: 20e9 + (len(w) + 1) * options["rounds"] * registry.PASSES[c.pass_] * c.shape.flop for c, w in cases.items()}
-    done = {}
+    done = dict(before)
     quiet = {"mininterval": 0.3 if sys.stderr.isatty() else 20.0, "dynamic_ncols": True}
     form = "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left {desc}"
     with tqdm(total=sum(effort.values()), bar_format=form, smoothing=0.1, **quiet) as bar:
         for c, wanted in cases.items():
             bar.set_description_str(c.name, refresh=False)
-            done[c.name] = run_case(c, wanted, options)
+            done[c.name] = run_case(c, wanted, options) | {"commit": facts[0]["commit"], "date": facts[0]["date"]}
             payload["cases"] = list(done.values())
             if name == "targets":
                 payload["targets"] = promised.evaluate(promised.cpu() if device == "cpu" else promised.cuda(), done)
@@ -270,6 +284,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, help="default 7, quick 3")
     add("--threads", type=int, default=1, help="above 1 the clock is wall time (default 1)")
     add("--timeout", type=float, default=900.0, help="seconds for one case (default 900)")
+    add("--resume", action="store_true", help="keep the cases that the results file holds and measure the others, or those named by a pattern")
     add("--json", type=pathlib.Path, help="results file (default results/benchmarks/SUITE.json)")
     return p.parse_args(argv)
 
@@ -291,22 +306,25 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"benchmarks: {e}", file=sys.stderr)
         return 2
-    kept = {}
+    out = args.json or pathlib.Path("results", "benchmarks", f"{name}.json")
+    before = kept(out, name, {c.name for c in chosen} if args.pattern else set()) if args.resume else {}
+    picked = {}
     for c in chosen:
         if (args.dtype and c.dtype not in args.dtype) or (args.pass_ and c.pass_ not in args.pass_):
             continue
         wanted = frozenset(FAMILIES[c.method].peers) if cases[c] is None else cases[c]
         wanted = wanted if args.peers is None else frozenset(args.peers)
-        kept[c] = wanted - COMPILED if args.no_compile else wanted
+        if c.name not in before:
+            picked[c] = wanted - COMPILED if args.no_compile else wanted
     if args.list:
-        for c, wanted in kept.items():
+        for c, wanted in picked.items():
             print(f"{c.name:44s} {', '.join(sorted(wanted))}")
         return 0
     options = {
         "rounds": args.rounds or (3 if args.quick else 7), "min_round_s": 0.01 if args.quick else 0.05,
         "quick": args.quick, "threads": args.threads, "timeout": args.timeout,
     }  # fmt: skip
-    results = run(kept, options, args.json or pathlib.Path("results", "benchmarks", f"{name}.json"), args.device, name)
+    results = run(picked, options, out, args.device, name, before)
     if is_wrong(results):
         print("benchmarks: a result is wrong", file=sys.stderr)
         return 1

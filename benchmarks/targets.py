@@ -81,6 +81,9 @@ def cpu() -> list[Target]:
         for method, most in (("self_extend", 1.08), ("dual_chunk", 1.03)):
             case = f"{method}/S2/{dt}/fwd/cpu"
             add("regions", f"{method} against one region", case, "cost fastpe one region", most, at_most=True)
+        for every in (51, 64):
+            case = f"landmark{every}/S2/{dt}/fwd+bwd/cpu"
+            add("landmark", f"blocks of {every} against causal attention", case, "cost fastpe none", 1.3, at_most=True)
     for dt, goal in _both((1.8, 2.0)):
         case = f"decode/D8/{dt}/fwd/cpu"
         add("decode", "against the best of packed SDPA, products, compiled", case, "time packed | bmm | compiled", goal)

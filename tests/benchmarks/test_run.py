@@ -90,6 +90,21 @@ def test_memory_of_a_dense_bias_shows(tmp_path):
     assert candidates["fastpe"]["peak_mib"] < 8
 
 
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    measured = []
+    measure = program.run_case
+    monkeypatch.setattr(program, "run_case", lambda c, *a: measured.append(c.name) or measure(c, *a))
+    _, first = command(tmp_path, "sink/XS/fp32/fwd/cpu", "--peers")
+    _, second = command(tmp_path, "--resume", "sink/XS/fp32/fwd/cpu", "--peers")
+    assert measured == ["sink/XS/fp32/fwd/cpu"] * 2, "a case that is named is measured again"
+    _, third = command(tmp_path, "--resume", "sink/XS/bf16/fwd/cpu", "--peers")
+    assert measured[2:] == ["sink/XS/bf16/fwd/cpu"] and [c["case"] for c in third["cases"]] == [measured[0], measured[2]]
+    assert third["cases"][0] == second["cases"][0] != first["cases"][0]
+    assert all(c["commit"] == third["machine"]["commit"] for c in third["cases"])
+    with pytest.raises(SystemExit, match="holds the suite cases, not skipping"):
+        command(tmp_path, "--resume", "--suite", "skipping")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What must not pass
 
