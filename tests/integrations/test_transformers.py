@@ -103,6 +103,36 @@ def test_gradients(name):
         assert (got[what] - g).abs().max().item() <= 1e-4 * max(g.abs().max().item(), 1e-2 * size), what
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "t5_patched", "bloom"])
+def test_half_precision(name):
+    """The error against float32 with the same weights is at most twice that of eager."""
+    exact = F.build(name.removesuffix("_patched"))
+    half = F.twin(name).bfloat16()
+    exact.load_state_dict({what: x.float() for what, x in half.state_dict().items()})
+    with torch.no_grad():
+        want = exact(**inputs(name)).logits
+        theirs = (half(**inputs(name)).logits - want).square().mean().sqrt()
+        hf.patch(half)
+        ours = (half(**inputs(name)).logits - want).square().mean().sqrt()
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("name", ["llama", "t5_patched"])
+def test_checkpointing_and_autocast(name):
+    labels = F.tokens(2, length=15 if F.has_decoder(name) else F.LENGTH)
+    grads = []
+    for checkpoint in (False, True):
+        model = fast(name).train()
+        if checkpoint:
+            model.activation_checkpointing_enable()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=F.tokens(), labels=labels, use_cache=False).loss
+        loss.backward()
+        grads.append({what: p.grad for what, p in model.named_parameters() if p.grad is not None})
+    for what, want in grads[0].items():
+        F.close(grads[1][what], want, 1e-6), what
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 

@@ -179,14 +179,21 @@ def test_agrees_with_transformers():
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    seen = set()
     for given, _ in CONFIGS[2:10]:
         parameters = dict(given["rope_parameters"])
+        seen.add(parameters["rope_type"])
         c = transformers.LlamaConfig(**{**given, "rope_parameters": parameters})
         for length in (100, 9000):
             w, amplitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](c, "cpu", seq_len=length)
             r = rope.from_hf_config(c, precision="float32").at_length(length)
             torch.testing.assert_close(r.inv_freq, w.double(), rtol=1e-7, atol=0)
             assert float(r.amplitude) == pytest.approx(amplitude)
+    assert seen == set(ROPE_INIT_FUNCTIONS), "a rule of transformers that nothing here compares"
+    config_, _ = CONFIGS[0]
+    c = transformers.LlamaConfig(**config_)
+    w, _ = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding.compute_default_rope_parameters(c)
+    torch.testing.assert_close(rope.from_hf_config(c, precision="float32").inv_freq, w.double(), rtol=1e-7, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------- bad input

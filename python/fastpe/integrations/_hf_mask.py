@@ -182,10 +182,11 @@ def visibility(where: str, mask: Tensor | None, is_causal: bool, rows: int, keys
 def _compact(mask: Tensor, rows: int, keys: int) -> Visibility:
     if not _check.can_read(mask):
         return Visibility(keys, _by_rows(mask, rows, keys), mask[0, 0, OFFSET, 0])
-    # All layers are given the same tensor: read it once.
+    # All layers are given the same tensor: read it once, and again if it was written to.
+    facts = (rows, keys, None if mask.is_inference() else mask._version)
     read = getattr(mask, "_fastpe_visibility", None)
-    if read is None or read[0] != (rows, keys):
-        read = ((rows, keys), _read(mask, rows, keys))
+    if read is None or read[0] != facts:
+        read = (facts, _read(mask, rows, keys))
         mask._fastpe_visibility = read
     return read[1]
 
