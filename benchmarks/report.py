@@ -1,6 +1,7 @@
 """Tables and pictures of benchmark runs, and the comparison of two.
 
     python benchmarks/report.py tables RUN.json...                     Markdown on standard output
+    python benchmarks/report.py summary RUN.json...                    the short table of README
     python benchmarks/report.py pictures RUN.json... --out docs/images PNG (or --format svg)
     python benchmarks/report.py compare BEFORE.json AFTER.json         exit status 1 if a case became slower
 
@@ -15,6 +16,8 @@ import json
 import pathlib
 import statistics
 import sys
+
+import targets
 
 COLOURS = {  # colours keep apart for colour-blind readers
     "fastpe": "#009e73", "fastpe none": "#7fcfb9", "sdpa": "#0072b2", "mask": "#d55e00", "column": "#cc79a7", "flex": "#e69f00",
@@ -36,7 +39,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def load(paths: list[pathlib.Path]) -> dict:
     """Runs as one: all cases by name (a later file takes the place of an earlier one), and the machines."""
-    cases, targets, machines = {}, [], []
+    cases, promised, machines = {}, [], []
     for path in paths:
         try:
             run = json.loads(path.read_text())
@@ -44,9 +47,9 @@ def load(paths: list[pathlib.Path]) -> dict:
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise SystemExit(f"report: {path} is not a results file of benchmarks/run.py ({type(e).__name__}: {e})") from None
         cases |= found
-        targets += run.get("targets", [])
+        promised += run.get("targets", [])
         machines.append(run["machine"])
-    return {"cases": cases, "targets": targets, "machines": machines}
+    return {"cases": cases, "targets": promised, "machines": machines}
 
 
 def rows(case: dict) -> dict[str, dict]:
@@ -88,16 +91,42 @@ def case_table(cases: dict[str, dict]) -> str:
     return markdown(["case", "candidate", "ms", "spread, %", "times fastpe", "GFLOP/s", "share of limit, %", "extra MiB"], body)
 
 
-def target_table(targets: list[dict]) -> str:
+def target_table(found: list[dict]) -> str:
     body = []
-    for t in targets:
+    for t in found:
         value = "" if t["value"] is None else f"{t['value']:.2f}"
         spread = "" if not t.get("spread") else f"{t['spread'][0]:.2f} to {t['spread'][1]:.2f}"
         sign = "at most" if t["at_most"] else "at least"
         body.append([f"{t['topic']}: {t['text']}", t["case"], f"{sign} {t['goal']:g}", value, spread, t["state"]])
-    reached = sum(t["state"] == "pass" for t in targets)
+    reached = sum(t["state"] == "pass" for t in found)
     table = markdown(["target", "case", "goal", "measured", "quartiles", "state"], body)
-    return f"{table}\n\n{reached} of {len(targets)} reached."
+    return f"{table}\n\n{reached} of {len(found)} reached."
+
+
+# against, what, case but for its dtype, measure as in targets.py
+SUMMARY = (
+    ("SDPA causal, no bias", "ALiBi forward, 1024 tokens", "alibi/S1/{}/fwd/cpu", "time sdpa"),
+    ("SDPA causal, no bias", "ALiBi forward, 4096 tokens", "alibi/S2/{}/fwd/cpu", "time sdpa"),
+    ("SDPA with a ready-made dense mask", "ALiBi forward, 4096 tokens", "alibi/S2/{}/fwd/cpu", "time mask"),
+    ("SDPA with the bias as extra channels", "ALiBi forward, 4096 tokens", "alibi/S2/{}/fwd/cpu", "time column"),
+    ("FlexAttention compiled", "ALiBi forward, 4096 tokens", "alibi/S2/{}/fwd/cpu", "time flex"),
+    ("SDPA causal, no bias", "cumulative bias with its gradient, forward + backward, 1024 tokens", "cable/S1/{}/fwd+bwd/cpu", "time sdpa"),
+    ("written-out formula compiled", "learned KERPLE, forward + backward, 4096 tokens", "kerple/S2/{}/fwd+bwd/cpu", "time compiled"),
+    ("written-out formula compiled", "FIRE, forward + backward, 1024 tokens", "fire/S1/{}/fwd+bwd/cpu", "time compiled"),
+    ("fastpe without a bias", "ALiBi forward, 16384 tokens, tiles skipped", "alibi_skip/S2x4/{}/fwd/cpu", "time fastpe none"),
+    ("FlexAttention with a block mask", "documents of 512 in 4096", "documents/S2/{}/fwd/cpu", "time flex"),
+    ("grouped products, compiled or not", "decoding, 8 sequences of 8192 keys", "decode/D8/{}/fwd/cpu", "time packed | bmm | compiled"),
+)
+
+
+def summary_table(cases: dict[str, dict]) -> str:
+    body = []
+    for against, what, case, measure in SUMMARY:
+        states = targets.evaluate([targets.Target("", "", case.format(dt), measure, 0.0) for dt in ("fp32", "bf16")], cases)
+        if any(s["value"] for s in states):
+            body.append([against, what, *("" if s["value"] is None else f"{s['value']:.2f}" for s in states)])
+    table = markdown(["against", "case", "float32", "bfloat16"], body)
+    return table.replace("| --- | ---: |", "| --- | --- |", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,6 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     t = commands.add_parser("tables", help="Markdown: targets, or every candidate of every case")
     t.add_argument("runs", nargs="+", type=pathlib.Path)
     t.add_argument("--all", action="store_true", help="every candidate, also where there are targets")
+    m = commands.add_parser("summary", help="the short table of README")
+    m.add_argument("runs", nargs="+", type=pathlib.Path)
     d = commands.add_parser("pictures", help="PNG or SVG files")
     d.add_argument("runs", nargs="+", type=pathlib.Path)
     d.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results", "benchmarks"))
@@ -308,6 +339,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if written else 2
     for m in runs["machines"]:
         print(f"{describe_machine(m)}\n")
+    if args.command == "summary":
+        print(summary_table(runs["cases"]))
+        return 0
     if runs["targets"]:
         print(target_table(runs["targets"]))
     if args.all or not runs["targets"]:

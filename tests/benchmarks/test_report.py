@@ -71,6 +71,14 @@ def test_table_of_targets(tmp_path, capsys):
     assert "1 of 2 reached." in out
 
 
+def test_summary(tmp_path, capsys):
+    cases = [case("alibi", 1024, 10.0, sdpa=15.0), case("alibi", 1024, 10.0, dtype="bf16", sdpa=27.25)]
+    assert report.main(["summary", str(write(tmp_path / "s.json", *cases))]) == 0
+    out = capsys.readouterr().out
+    assert "| --- | --- | ---: | ---: |" in out
+    assert [line for line in out.splitlines() if "ALiBi" in line] == ["| SDPA causal, no bias | ALiBi forward, 1024 tokens | 1.50 | 2.73 |"]
+
+
 @pytest.mark.parametrize("form", ["png", "svg"])
 def test_pictures(run, tmp_path, form, capsys):
     pytest.importorskip("matplotlib")
