@@ -20,6 +20,7 @@ from fastpe.testing import compare
 
 ROWS = 64
 BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
+GPU_ONLY = (*BACKENDS, "flash-attn", "xformers")
 
 # Largest error of a peer, relative to the largest entry: what shows that it computes the same thing, forward and backward.
 PEER_TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (5e-2, 1e-1), "fp16": (1e-2, 5e-2)}
@@ -91,8 +92,11 @@ class Attention:
         """Attention without what the method adds: fastpe's, and scaled_dot_product_attention's."""
         self.add("fastpe none", lambda: self.fused(), kwargs=lambda p, rows: {})
         self.add("sdpa", lambda: sdpa(self.q, self.k, self.v, is_causal=self.causal), kwargs=lambda p, rows: {})
-        for name, backend in BACKENDS.items() if self.case.device == "cuda" else ():
-            self.add(name, self._by_backend(backend), kwargs=lambda p, rows: {})
+        if self.case.device == "cuda":
+            for name, backend in BACKENDS.items():
+                self.add(name, self._by_backend(backend), kwargs=lambda p, rows: {})
+            self.add("flash-attn", self.flash_attn, kwargs=lambda p, rows: {})
+            self.add("xformers", self._xformers, kwargs=lambda p, rows: {})
 
     def _by_backend(self, backend: SDPBackend) -> Callable[[], Tensor]:
         def attend():
@@ -100,6 +104,21 @@ class Attention:
                 return sdpa(self.q, self.k, self.v, is_causal=self.causal)
 
         return attend
+
+    def flash_attn(self, slopes: Tensor | None = None) -> Tensor:
+        from flash_attn import flash_attn_func
+
+        q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
+        return flash_attn_func(q, k, v, causal=self.causal, alibi_slopes=slopes).transpose(1, 2)
+
+    def _xformers(self) -> Tensor:
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+        if self.case.shape.H != self.case.shape.Hk:
+            raise NotImplementedError("grouped heads take five dimensions there")
+        mask = LowerTriangularMask() if self.causal else None
+        q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
+        return memory_efficient_attention(q, k, v, attn_bias=mask).transpose(1, 2)
 
     def add_dense(self, bias: Callable[[dict[str, Tensor]], Tensor]) -> None:
         """Peers that hold the bias as an array; bias(params) -> float32, broadcastable to (B, H, N, N).

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-from attend import BACKENDS, Attention
+from attend import GPU_ONLY, Attention
 from registry import Case, Tensor, Work, family
 
 import fastpe
@@ -33,14 +33,14 @@ def _key_index(case: Case) -> Tensor:
     return torch.arange(case.shape.Nk, device=case.device, dtype=torch.float32)
 
 
-@family("none", peers=("sdpa", *BACKENDS))
+@family("none", peers=("sdpa", *GPU_ONLY))
 def none(case: Case, wanted: frozenset[str]) -> Work:
     a = Attention(case, wanted)
     a.add_plain()
     return a.work()
 
 
-@family("full", peers=("sdpa", *BACKENDS), shapes=("XS",))
+@family("full", peers=("sdpa", *GPU_ONLY), shapes=("XS",))
 def full(case: Case, wanted: frozenset[str]) -> Work:
     """Every key visible."""
     a = Attention(case, wanted, causal=False)
@@ -48,7 +48,7 @@ def full(case: Case, wanted: frozenset[str]) -> Work:
     return a.work()
 
 
-ALIBI = (*PLAIN, "fastpe fixed", "mask", "column", "flex", "compiled", "x-transformers")
+ALIBI = (*PLAIN, "fastpe fixed", "mask", "column", "flex", "compiled", "x-transformers", "flash-attn alibi")
 
 
 def _alibi(case: Case, wanted: frozenset[str]) -> Attention:
@@ -74,6 +74,8 @@ def alibi(case: Case, wanted: frozenset[str]) -> Work:
     a.add_flex(score_mod)
     if "x-transformers" in wanted:
         a.add("x-transformers", _x_transformers(a))
+    if case.device == "cuda":
+        a.add("flash-attn alibi", lambda: a.flash_attn(fixed))
     return a.work()
 
 
@@ -201,12 +203,13 @@ def forget(case: Case, wanted: frozenset[str]) -> Work:
     a.add_dense(dense)
 
     def fla() -> Tensor:
-        from fla.ops.forgetting_attn import parallel_forgetting_attn  # Triton: a GPU only
+        from fla.ops.forgetting_attn import parallel_forgetting_attn
 
         q, k, v = (x.transpose(1, 2) for x in (a.q, a.k, a.v))
         return parallel_forgetting_attn(q, k, v, a.params["gates"].transpose(1, 2)).transpose(1, 2)
 
-    a.add("flash-linear-attention", fla, ["gates"])
+    if case.device == "cuda":
+        a.add("flash-linear-attention", fla, ["gates"])
     return a.work()
 
 

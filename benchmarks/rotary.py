@@ -64,6 +64,15 @@ def _rotation(case: Case, wanted: frozenset[str], layout: str, bnhd: bool, in_pl
         "copy": copy,
     }
 
+    if device == "cuda":
+
+        def liger():
+            from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+            return liger_rotary_pos_emb(q.clone(), k.clone(), cos, sin)  # it writes into what it is given
+
+        calls["liger"] = liger
+
     def exact(x: Tensor, layout: str) -> Tensor:
         rope = fastpe.rope.default(s.D, layout=layout)
         return fastpe.reference.apply_rotary(x, rope)
@@ -92,7 +101,7 @@ def _rotation(case: Case, wanted: frozenset[str], layout: str, bnhd: bool, in_pl
 
 for _in_place, _bnhd, _layout in itertools.product((False, True), (False, True), ("half", "interleaved")):
     _name = "rotate" + "_inplace" * _in_place + "_bnhd" * _bnhd + "_interleaved" * (_layout == "interleaved")
-    family(_name, peers=("eager", "compiled rotary", "copy"), passes=("fwd",))(
+    family(_name, peers=("eager", "compiled rotary", "copy", "liger"), passes=("fwd",))(
         lambda case, wanted, a=(_layout, _bnhd, _in_place): _rotation(case, wanted, *a)
     )
 
