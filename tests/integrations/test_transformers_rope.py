@@ -229,7 +229,7 @@ def by_definition(monkeypatch):
 
 
 def test_ms_poe(monkeypatch):
-    model = hf.patch(F.twin("llama"), scaling=hf.MsPoE(assignment="code"))
+    model = hf.patch(F.twin("llama"), scaling=hf.MsPoE(assignment="code", first_layer=0))
     ids = F.tokens(batch=1)
     with torch.no_grad():
         got = model(ids).logits
@@ -243,6 +243,9 @@ def test_ms_poe(monkeypatch):
         by_definition(monkeypatch)
         F.close(got, model(ids).logits)
     refused(lambda: model(F.tokens()), NotImplementedError, "LlamaAttention", "MsPoE", "batch of 2")
+    hf.unpatch(model)
+    hf.patch(model, scaling=hf.MsPoE(first_layer=1))
+    assert [layer.self_attn._fastpe.ms_poe is None for layer in model.model.layers] == [True, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

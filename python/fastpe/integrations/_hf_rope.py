@@ -250,7 +250,13 @@ class EntropyABF:
     Args:
         base: of the frequencies.
         train_length: tokens the model was trained on.
-        first_layer: layers before it keep their rows unscaled.
+        first_layer: layers before it keep their rows unscaled, 2 in the paper.
+
+    >>> import torch, transformers, fastpe.integrations.transformers as hf
+    >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    >>> model = hf.patch(transformers.LlamaForCausalLM(config).eval(), scaling=hf.EntropyABF(train_length=8))
+    >>> model.generate(torch.arange(2, 12)[None], max_new_tokens=2, do_sample=False, eos_token_id=None).shape
+    torch.Size([1, 12])
     """
 
     base: float = 500000.0
@@ -272,14 +278,22 @@ class MsPoE:
     Args:
         low, high: range of the ratios.
         assignment: see `fastpe.rope.ms_poe_ratios`.
+        first_layer: layers before it are left as they are, 2 in the released code.
+
+    >>> import torch, transformers, fastpe.integrations.transformers as hf
+    >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    >>> model = hf.patch(transformers.LlamaForCausalLM(config).eval(), scaling=hf.MsPoE(first_layer=0))
+    >>> model.generate(torch.arange(2, 12)[None], max_new_tokens=2, do_sample=False, eos_token_id=None).shape
+    torch.Size([1, 12])
     """
 
     low: float = 1.2
     high: float = 1.8
     assignment: str = "paper"
+    first_layer: int = 2
 
     def settings(self, old: Rope, layer: int) -> dict:
-        return {"rope": old, "ms_poe": self}
+        return {"rope": old, "ms_poe": self if layer >= self.first_layer else None}
 
     def rope_of(self, where: str, module, rope: Rope, query: Tensor, key: Tensor) -> Rope:
         """A prompt chooses the ratios; the tokens after it keep them."""
@@ -302,7 +316,13 @@ class AttentionBuckets:
     logits are weighted by the softmax of their largest. One text at a time.
 
     Args:
-        bases: of the frequencies, one a bucket.
+        bases: of the frequencies, one a bucket; those of the paper's tool use.
+
+    >>> import torch, transformers, fastpe.integrations.transformers as hf
+    >>> config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    >>> model = hf.patch(transformers.LlamaForCausalLM(config).eval(), scaling=hf.AttentionBuckets())
+    >>> model.generate(torch.arange(2, 12)[None], max_new_tokens=2, do_sample=False, eos_token_id=None).shape
+    torch.Size([1, 12])
     """
 
     bases: tuple[float, ...] = tuple(ropes.BUCKET_BASES)

@@ -2,7 +2,8 @@
 
 `register` makes the name "fastpe" known to transformers; a model picks it with ``attn_implementation="fastpe"`` or
 ``model.set_attn_implementation("fastpe")``. `patch` does that and more for one model: attention of the families that never
-ask for an implementation, and T5's table in place of its dense bias.
+ask for an implementation, T5's table in place of its dense bias, rotation as one op or inside the attention call, other
+frequencies, regions of positions. docs/transformers.md has their use.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def patch(
 
     Args:
         model: a transformers model.
-        rope: "op": query and key are turned by one op instead of the six of the modeling file. "fused": they are turned inside
+        rope: "op": query and key are turned by one op instead of the ten of the modeling file. "fused": they are turned inside
             the attention call, and keys are cached as they were before. Default None: as the model does it, or "fused" where
             region or scaling ask for it.
         bias: added to the scores (`fastpe.bias`).
@@ -297,7 +298,9 @@ def _check_arguments(where: str, model, rope, bias, mask, region, scaling) -> No
         if x is not None and not isinstance(x, kinds):
             raise TypeError(f"{where}: {what} must be {how}, got {type(x).__name__}")
     if rope == "op" and (region is not None or scaling is not None):
-        raise ValueError(f"{where}: rope='op' does not go with region or scaling, which need keys that are cached before rotation; use 'fused'")
+        raise ValueError(
+            f"{where}: rope='op' does not go with region or scaling, which need keys that are cached before rotation; use 'fused'"
+        )
     if region is not None and not isinstance(scaling, (dict, Rope, type(None))):
         raise NotImplementedError(f"{where}: region does not go with scaling {type(scaling).__name__}")
     if region is not None and region.name == "streaming" and mask is None:
@@ -334,9 +337,12 @@ def _forward_of(module: torch.nn.Module):
 
 def _turning(where: str, model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """Name and module of all attention that rotates."""
-    found = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("Attention") and rotation.rotary_names(_forward_of(m))]
+    named = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("Attention")]
+    found = [(n, m) for n, m in named if rotation.rotary_names(_forward_of(m))]
     if not found:
-        raise NotImplementedError(f"{where}: {type(model).__name__} has no attention with a rotation that rope knows; leave rope out")
+        raise NotImplementedError(
+            f"{where}: {type(model).__name__} has no attention with a rotation that rope knows; leave rope, region and scaling out"
+        )
     return found
 
 
@@ -379,8 +385,10 @@ def _turn_inside(where: str, model: torch.nn.Module, region: Region | None, scal
         replace(module, "_fastpe", settings)
         if want is not None:
             got = _try(here, model, path, module, layer_type)
-            if not torch.allclose(got.float(), want.float(), rtol=0, atol=torch.finfo(want.dtype).eps ** 0.5 * float(want.abs().max())):
-                raise NotImplementedError(f"{here}: rope='fused' would change its numbers, it does more than rotate between query and scores; use rope='op'")
+            if (got - want).abs().max() > torch.finfo(want.dtype).eps ** 0.5 * want.abs().max():
+                raise NotImplementedError(
+                    f"{here}: rope='fused' would change its numbers, it does more than rotate between query and scores; use rope='op'"
+                )
             verified.add(kind)
         if (region is not None or scaling is not None) and not _has_window(module):
             changed += 1
@@ -393,7 +401,10 @@ def _turn_inside(where: str, model: torch.nn.Module, region: Region | None, scal
                 for what, value in scaling.settings(settings.rope, module.layer_idx).items():
                     setattr(settings, what, value)
     if (region is not None or scaling is not None) and not changed:
-        raise NotImplementedError(f"{where}: all layers of {type(model).__name__} have a sliding window, which region and scaling leave alone; set config.sliding_window to None before the model is made")
+        raise NotImplementedError(
+            f"{where}: all layers of {type(model).__name__} have a sliding window, which region and scaling leave alone; set "
+            "config.sliding_window to None before the model is made"
+        )
 
 
 def _try(where: str, model: torch.nn.Module, path: str, module: torch.nn.Module, layer_type: str | None) -> torch.Tensor:
