@@ -16,6 +16,7 @@ from . import _check, mask as masks, positions as places, region as regions
 from ._rope import Rope, check_choice
 from .attention import attention
 from .bias import Alibi, Bias, Dense, SegmentPairs
+from .mass import attention_mass, attention_rows
 from .merge import merge
 from .rotary import apply_rotary
 
@@ -1222,6 +1223,81 @@ def snapkv_keep(scores: Tensor, count: int, kernel: int = 5) -> Tensor:
     x = _wide(scores.detach())
     pooled = torch.nn.functional.avg_pool1d(x.reshape(-1, 1, x.shape[-1]), kernel, 1, kernel // 2).reshape(x.shape)
     return top(pooled, count)[0].sort(-1).values
+
+
+def snapkv_scores(query: Tensor, key: Tensor, lse: Tensor, rows: int = 64, **call) -> Tensor:
+    """SnapKV's scores before pooling: the mean probability the last rows give each key before them (arXiv 2404.14469).
+
+    Args:
+        query, key, lse, call: as in `fastpe.attention_mass`.
+        rows: the observation window.
+
+    Returns:
+        (B, H, Nk - rows) float32 (float64 for float64), for `snapkv_keep`.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 20, 8)
+    >>> _, lse = fastpe.attention(q, q, q, is_causal=True, return_lse=True)
+    >>> scores = fastpe.recipes.snapkv_scores(q, q, lse, rows=4, is_causal=True)
+    >>> fastpe.recipes.snapkv_keep(scores, 5).shape
+    torch.Size([1, 2, 5])
+    """
+    _window("fastpe.recipes.snapkv_scores", query, key, rows)
+    return attention_mass(query, key, lse, rows=rows, **call)[..., : key.shape[2] - rows] / rows
+
+
+def finch_scores(query: Tensor, key: Tensor, lse: Tensor, rows: int, **call) -> Tensor:
+    """Finch's scores: `snapkv_scores` with every row weighted by the number of keys it sees (arXiv 2408.00167).
+
+    Rows are the last of a causal call; the t-th of W rows counts Nk - W + t keys, as the release does (one fewer than it sees).
+
+    Args:
+        query, key, lse, call: as in `fastpe.attention_mass`.
+        rows: the length of the prompt at the end.
+
+    Returns:
+        (B, H, Nk - rows) float32 (float64 for float64).
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 20, 8)
+    >>> _, lse = fastpe.attention(q, q, q, is_causal=True, return_lse=True)
+    >>> fastpe.recipes.finch_scores(q, q, lse, rows=4, is_causal=True).shape
+    torch.Size([1, 2, 16])
+    """
+    _window("fastpe.recipes.finch_scores", query, key, rows)
+    Nk = key.shape[2]
+    seen = torch.arange(Nk - rows, Nk, dtype=torch.float64, device=query.device)
+    return attention_mass(query, key, lse, rows=rows, row_weights=seen, **call)[..., : Nk - rows] / rows
+
+
+def homer_significance(query: Tensor, key: Tensor, calibration: Tensor | None = None, **call) -> Tensor:
+    """HOMER's significance of every key: the largest logit any head's last row gives it (arXiv 2404.10308).
+
+    Args:
+        query, key, call: as in `fastpe.attention_rows`.
+        calibration: (at least Nk,) what a key at this distance from the last one gets anyway, taken off.
+
+    Returns:
+        (B, Nk) float32 (float64 for float64).
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 2, 20, 8)
+    >>> fastpe.recipes.homer_significance(q, q, is_causal=True).shape
+    torch.Size([1, 20])
+    """
+    significance = attention_rows(query, key, rows=1, logits=True, **call).amax(1)[:, 0]
+    if calibration is None:
+        return significance
+    Nk = key.shape[2]
+    if calibration.dim() != 1 or calibration.shape[0] < Nk:
+        raise ValueError(f"fastpe.recipes.homer_significance: calibration must be ({Nk},) or longer, got {_check.shape(calibration)}")
+    return significance - calibration[:Nk].flip(0).to(significance.dtype)
+
+
+def _window(where: str, query: Tensor, key: Tensor, rows: int) -> None:
+    _check.count(where, "rows", rows, 1)
+    if rows > min(query.shape[2], key.shape[2]):
+        raise ValueError(f"{where}: rows is {rows}, the call has {query.shape[2]} queries and {key.shape[2]} keys")
 
 
 def streaming(query: Tensor, key: Tensor, value: Tensor, *, rope: Rope, start: int = 4, recent: int = 2000, return_lse: bool = False):
