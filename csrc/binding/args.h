@@ -182,6 +182,7 @@ struct AttnArgs {
   OptTensor bias_factor, bias_pairs, bias_q_seg, bias_k_seg;
   OptTensor intervals, lower, q_seg, k_seg, relation, block_map;
   int64_t block_q, block_k, region_kind, region_size;
+  OptTensor bias_row_q, bias_row_e, bias_col_k, bias_col_e;
 };
 
 // The arguments attn_fwd and attn_bwd have in common: as schema text, as parameters, and in AttnArgs' order.
@@ -192,7 +193,8 @@ struct AttnArgs {
   "float softcap_mul, float skip_eps, Tensor? bias_pieces, Tensor? bias_omega, Tensor? bias_rows, " \
   "Tensor? bias_cols, Tensor? bias_index, Tensor? bias_dense, bool softcap_bias, Tensor? bias_factor, " \
   "Tensor? bias_pairs, Tensor? bias_q_seg, Tensor? bias_k_seg, Tensor? intervals, Tensor? lower, Tensor? q_seg, " \
-  "Tensor? k_seg, Tensor? relation, Tensor? block_map, int block_q, int block_k, int region_kind, int region_size"
+  "Tensor? k_seg, Tensor? relation, Tensor? block_map, int block_q, int block_k, int region_kind, int region_size, " \
+  "Tensor? bias_row_q, Tensor? bias_row_e, Tensor? bias_col_k, Tensor? bias_col_e"
 #define FASTPE_ATTN_PARAMS \
   OptTensor q_rope, OptTensor k_rope, int64_t rope_layout, int64_t bias_form, OptTensor bias_params, OptTensor bias_gamma, \
       OptTensor bias_u, OptTensor bias_w, OptTensor bias_base, OptTensor bias_table, int64_t left, int64_t right, \
@@ -201,12 +203,14 @@ struct AttnArgs {
       OptTensor bias_rows, OptTensor bias_cols, OptTensor bias_index, OptTensor bias_dense, bool softcap_bias, \
       OptTensor bias_factor, OptTensor bias_pairs, OptTensor bias_q_seg, OptTensor bias_k_seg, OptTensor intervals, \
       OptTensor lower, OptTensor q_seg, OptTensor k_seg, OptTensor relation, OptTensor block_map, int64_t block_q, \
-      int64_t block_k, int64_t region_kind, int64_t region_size
+      int64_t block_k, int64_t region_kind, int64_t region_size, OptTensor bias_row_q, OptTensor bias_row_e, \
+      OptTensor bias_col_k, OptTensor bias_col_e
 #define FASTPE_ATTN_VALUES \
   q_rope, k_rope, rope_layout, bias_form, bias_params, bias_gamma, bias_u, bias_w, bias_base, bias_table, left, right, \
       sinks, q_ids, k_ids, mask, row_scale, sink, scale, softcap, softcap_mul, skip_eps, bias_pieces, bias_omega, \
       bias_rows, bias_cols, bias_index, bias_dense, softcap_bias, bias_factor, bias_pairs, bias_q_seg, bias_k_seg, \
-      intervals, lower, q_seg, k_seg, relation, block_map, block_q, block_k, region_kind, region_size
+      intervals, lower, q_seg, k_seg, relation, block_map, block_q, block_k, region_kind, region_size, \
+      bias_row_q, bias_row_e, bias_col_k, bias_col_e
 
 inline RopeLayout layout_of(const char* op, int64_t layout) {
   check(op, layout == 0 || layout == 1, "layout must be 0 (half) or 1 (interleaved), got ", layout);
@@ -266,7 +270,7 @@ inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t 
   check(c.op, rel_fn || fire || !b.gamma, "bias_gamma belongs to the forms of a distance and to fire; bias_form is ", a.bias_form);
   check(c.op, rel_fn || table || !(b.u || b.w), "bias_u and bias_w belong to a form of the distance; bias_form is ", a.bias_form);
   const bool needs_params = b.form == BiasForm::linear || b.form == BiasForm::log || b.form == BiasForm::power;
-  check(c.op, !two_sided || (b.w && !b.u && !b.params), "bias_w alone belongs to the two-sided form, and it needs it");
+  check(c.op, !two_sided || (a.bias_w && !a.bias_u && !a.bias_params), "bias_w alone belongs to the two-sided form, and it needs it");
   check(c.op, !needs_params || b.params, "bias_params is missing for bias_form ", a.bias_form);
   check(c.op, !b.base || (b.w && !b.u), "bias_base goes with bias_w and without bias_u");
   check(c.op, !b.w || b.u || Nq <= Nk, "bias_w without bias_u needs no more queries than keys, got ", Nq, " and ", Nk);
@@ -289,7 +293,7 @@ inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t 
     check_last_contiguous(c, "bias_omega", t);
     b.omega = {read_ptr(t), 0, step(t, 0), 0};
   }
-  check(c.op, (a.bias_rows || a.bias_cols) == a.bias_index.has_value(), "bias_rows or bias_cols and bias_index go together");
+  check(c.op, (a.bias_rows || a.bias_cols || a.bias_row_q || a.bias_col_k) == a.bias_index.has_value(), "row and column terms and bias_index go together");
   const auto terms = [&](const char* name, const OptTensor& t, int64_t N, Aux& x) {
     if (!t) return;
     check_device(c, name, *t);
@@ -302,6 +306,24 @@ inline Bias read_bias(const Call& c, const AttnArgs& a, ScalarType aux, int64_t 
   };
   terms("bias_rows", a.bias_rows, Nq, b.rows);
   terms("bias_cols", a.bias_cols, Nk, b.cols);
+  const auto strip = [&](const char* token_name, const char* table_name, const OptTensor& tokens, const OptTensor& table, int64_t N, Aux& x, Aux& e) {
+    check(c.op, tokens.has_value() == table.has_value(), token_name, " and ", table_name, " go together");
+    if (!tokens) return;
+    check(c.op, tokens->dim() == 4 && tokens->size(3) >= 1 && tokens->size(3) <= 256, token_name, " must be of shape (B or 1, H or 1, N, d), d from 1 to 256, got ", shape_of(*tokens));
+    check(c.op, !b.strip_d || tokens->size(3) == b.strip_d, "bias_row_q and bias_col_k must have as many channels");
+    b.strip_d = tokens->size(3);
+    x = read_aux(c, token_name, tokens, aux, {broadcast(B), broadcast(H), {N}, {b.strip_d}});
+    x.sn = tokens->stride(2);
+    check_device(c, table_name, *table);
+    check_dtype(c, table_name, *table, aux);
+    check(c.op, table->dim() == 3 && (table->size(0) == H || table->size(0) == 1) && table->size(1) >= 1 && table->size(2) == b.strip_d, table_name, " must be of shape (", H, " or 1, R, ", b.strip_d, "), got ", shape_of(*table));
+    check(c.op, !b.terms_len || table->size(1) == b.terms_len, table_name, " must have as many entries as the other terms, ", b.terms_len, ", got ", table->size(1));
+    check_last_contiguous(c, table_name, *table);
+    e = {read_ptr(*table), 0, step(*table, 0), table->stride(1)};
+    b.terms_len = table->size(1);
+  };
+  strip("bias_row_q", "bias_row_e", a.bias_row_q, a.bias_row_e, Nq, b.row_q, b.row_e);
+  strip("bias_col_k", "bias_col_e", a.bias_col_k, a.bias_col_e, Nk, b.col_k, b.col_e);
   if (a.bias_index) {
     const Tensor& t = *a.bias_index;
     check_device(c, "bias_index", t);

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   return {out, lse, residual};
 }
 
-using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Grads attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
     int64_t needs) {
@@ -99,6 +99,10 @@ Grads attn_bwd(
   Tensor ddense = grad_of(need_dense, "bias_dense", bias_dense, b.ddense);
   Tensor dfactor = grad_of(need_factor, "bias_factor", bias_factor, b.dfactor);
   Tensor dpairs = grad_of(need_pairs, "bias_pairs", bias_pairs, b.dpairs);
+  Tensor drow_q = grad_of(need_row_q, "bias_row_q", bias_row_q, b.drow_q);
+  Tensor drow_e = grad_of(need_row_e, "bias_row_e", bias_row_e, b.drow_e);
+  Tensor dcol_k = grad_of(need_col_k, "bias_col_k", bias_col_k, b.dcol_k);
+  Tensor dcol_e = grad_of(need_col_e, "bias_col_e", bias_col_e, b.dcol_e);
 
   if (p.B > 0 && p.H > 0 && p.Nq > 0 && p.Nk > 0) {
     if (needs) {
@@ -106,9 +110,9 @@ Grads attn_bwd(
       cpu::kernels().attn_bwd(b, runtime(), stats.get());
     }
   } else {
-    for (Tensor* t : {&dq, &dk, &dv, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale, &dpieces, &domega, &drows, &dcols, &ddense, &dfactor, &dpairs}) torch::stable::zero_(*t);
+    for (Tensor* t : {&dq, &dk, &dv, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale, &dpieces, &domega, &drows, &dcols, &ddense, &dfactor, &dpairs, &drow_q, &drow_e, &dcol_k, &dcol_e}) torch::stable::zero_(*t);
   }
-  return {dq, dk, dv, dparams, dgamma, du, dw, dtable, drow_scale, dpieces, domega, drows, dcols, ddense, dfactor, dpairs};
+  return {dq, dk, dv, dparams, dgamma, du, dw, dtable, drow_scale, dpieces, domega, drows, dcols, ddense, dfactor, dpairs, drow_q, drow_e, dcol_k, dcol_e};
 }
 
 // ---- rotation ---------------------------------------------------------------------------------------------------

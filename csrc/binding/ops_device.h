@@ -35,6 +35,7 @@ inline void check_half(const char* op, const Tensor& q) {
 
 inline void check_supported(const char* op, const AttnParams& p) {
   check(op, !beyond_bands(p), "the CUDA kernels do not have regions, intervals, segments or block maps yet; call on the CPU");
+  check(op, !p.bias.row_e && !p.bias.col_e, "the CUDA kernels do not have products with tables yet; give their terms as bias_rows and bias_cols");
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------
@@ -61,7 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> device_attn_fwd(Tensor q, Tensor k, Tensor v,
   return {out, lse, residual};
 }
 
-using DeviceGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using DeviceGrads =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class Queue>
 DeviceGrads device_attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
@@ -127,7 +129,8 @@ DeviceGrads device_attn_bwd(
       grad_of(need_pieces, "bias_pieces", bias_pieces, b.dpieces), grad_of(need_omega, "bias_omega", bias_omega, b.domega),
       grad_of(need_rows, "bias_rows", bias_rows, b.drows), grad_of(need_cols, "bias_cols", bias_cols, b.dcols),
       grad_of(need_dense, "bias_dense", bias_dense, b.ddense),
-      grad_of(need_factor, "bias_factor", bias_factor, b.dfactor), grad_of(need_pairs, "bias_pairs", bias_pairs, b.dpairs)};
+      grad_of(need_factor, "bias_factor", bias_factor, b.dfactor), grad_of(need_pairs, "bias_pairs", bias_pairs, b.dpairs),
+      none(q, aux), none(q, aux), none(q, aux), none(q, aux)};
   if (!needs) return g;
   if (p.B > 0 && p.H > 0 && p.Nq > 0 && p.Nk > 0) {
     const Workspace w(q, cuda::attn_bwd_workspace(b));

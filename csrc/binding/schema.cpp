@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
       "Tensor? residual, " FASTPE_ATTN_ARGS
       ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dparams, "
       "Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, Tensor drow_scale, Tensor dpieces, Tensor domega, Tensor drows, "
-      "Tensor dcols, Tensor ddense, Tensor dfactor, Tensor dpairs)");
+      "Tensor dcols, Tensor ddense, Tensor dfactor, Tensor dpairs, Tensor drow_q, "
+      "Tensor drow_e, Tensor dcol_k, Tensor dcol_e)");
   m.def(
       "cope_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_COPE_ARGS
       ", bool training) -> (Tensor out, Tensor lse, Tensor carry, Tensor residual)");

@@ -64,8 +64,12 @@ struct Bias {
   Aux omega;       // table forms: (1,H|1,table_len), multiplies the score by a function of the distance
   Aux rows, cols;  // (B,H,Nq,R) and (B,H,Nk,R): row i adds rows[i][index], key j adds cols[j][index]
   int64_t terms_len = 0;            // R
-  const int32_t* index = nullptr;   // (2 M + 1) entry of rows and cols for the offset clamp(j - I, -M, M) + M; below 0: none
+  const int32_t* index = nullptr;   // (2 M + 1) entry of rows, cols, row_e and col_e for the offset clamp(j - I, -M, M) + M; below 0: none
   int64_t index_len = 0;
+  // Row i adds <row_q[i], row_e[index]>, key j adds <col_k[j], col_e[index]>: products formed tile by tile.
+  Aux row_q, col_k;                 // (B|1,H|1,Nq,strip_d), (B|1,H|1,Nk,strip_d)
+  Aux row_e, col_e;                 // (1,H|1,R,strip_d)
+  int64_t strip_d = 0;
   Aux dense;       // (B|1,H|1,Nq|1,Nk|1): last axis contiguous, or broadcast (dense_sk 0)
   int64_t dense_sk = 0;
   // By pair of segments: the score is multiplied by factor[q_seg[i]][k_seg[j]] before everything else, pairs[..][..] is
@@ -126,6 +130,7 @@ enum Needs : int64_t {
   need_params = 1 << 3, need_gamma = 1 << 4, need_u = 1 << 5, need_w = 1 << 6, need_table = 1 << 7,
   need_row_scale = 1 << 8, need_pieces = 1 << 9, need_omega = 1 << 10, need_rows = 1 << 11, need_cols = 1 << 12, need_dense = 1 << 13,
   need_factor = 1 << 14, need_pairs = 1 << 15,
+  need_row_q = 1 << 16, need_row_e = 1 << 17, need_col_k = 1 << 18, need_col_e = 1 << 19,
 };
 
 // Gradients. Pointers of what is not needed are null. dq/dk/dv have the inputs' dtype and dense (B,H,N,D) or
@@ -141,6 +146,7 @@ struct AttnBwdParams {
   void *dparams = nullptr, *dgamma = nullptr, *du = nullptr, *dw = nullptr, *dtable = nullptr, *drow_scale = nullptr;
   void *dpieces = nullptr, *domega = nullptr, *drows = nullptr, *dcols = nullptr, *ddense = nullptr;
   void *dfactor = nullptr, *dpairs = nullptr;
+  void *drow_q = nullptr, *drow_e = nullptr, *dcol_k = nullptr, *dcol_e = nullptr;
 };
 
 // Attention whose bias counts gates: bias.md 3.8 and 4. With a_ij the gate logit of a visible pair (times gate_scale),

@@ -28,6 +28,7 @@ struct BiasGrad : TermGrad<S> {
   S* w2 = nullptr;      // Nk: two_sided's future
   S* table = nullptr;   // span, at its first element
   S* omega = nullptr;   // span, at its first element
+  S *row_e = nullptr, *col_e = nullptr, *col_k = nullptr;  // strips: by place of the expanded table; by key
 };
 
 // A bit for every region whose dQ has been written.
@@ -37,12 +38,14 @@ template <class E>
 struct BwdScratch {
   using S = typename E::S;
   using U = typename E::U;
+  StripScratch<E> strips;
   S *rows, *s, *ds, *cap, *raw, *dq, *terms, *aux;
   S *other, *sum;  // with regions: scores of a second region, or dS of one region; rows of dQ
   U *tmp, *qt, *dot, *qr, *dor, *pa, *dsa, *dsb;
   TileBias<S>* bias;
   BlockBias<S>* block;
   BlockScale<S>* scale;
+  Reach<S>* reach;
   S *lse, *delta, *slack, *ids, *du, *du2, *dgamma, *drho;
   S *row_ds, *row_p, *row_p0, *row_p1, *row_phi;  // sums over keys that set delta right, see settle_rows
 
@@ -75,6 +78,8 @@ struct BwdScratch {
     bias = c.take<TileBias<S>>(1);
     block = c.take<BlockBias<S>>(1);
     scale = c.take<BlockScale<S>>(1);
+    reach = c.take<Reach<S>>(1);
+    strips.carve(c, p, true);
     lse = c.take<S>(kBM);
     delta = c.take<S>(kBM);
     slack = c.take<S>(kBM);
@@ -140,6 +145,7 @@ struct Backward {
   TileStats* stats;
   const bool want_q, want_k, want_v, want_params, want_gamma, want_u, want_w, want_table, want_rho, settle;
   const bool want_pieces, want_omega, want_rows, want_cols, want_dense, want_factor, want_pairs, want_bias;
+  const bool want_row_q, want_row_e, want_col_k, want_col_e, want_strips;
   // A dense gradient of all rows and keys that batch entries or kv heads share: those go one after the other.
   const bool one_by_one;
   const int64_t group, splits, dp, dvp;
@@ -153,6 +159,9 @@ struct Backward {
   S *g_params = nullptr, *g_w = nullptr, *g_table = nullptr, *g_u = nullptr, *g_gamma = nullptr, *g_rho = nullptr;
   S *g_omega = nullptr, *g_cols = nullptr, *g_key = nullptr, *g_row = nullptr, *g_factor = nullptr, *g_pairs = nullptr;
   double* g_pieces = nullptr;
+  // Strips: sums by place of the expanded tables and by key, (wave, group, split, ...), added up after each wave.
+  S *g_row_e = nullptr, *g_col_e = nullptr, *g_col_k = nullptr;
+  double *t_row_e = nullptr, *t_col_e = nullptr;  // (H|1, R, d)
 
   bool needs(int64_t bit) const { return (a.needs & bit) != 0; }
   // Planes of w for each head, and where a head's own sums stand among those of all planes.
@@ -171,6 +180,8 @@ struct Backward {
         want_pieces(needs(need_pieces)), want_omega(needs(need_omega)), want_rows(needs(need_rows)), want_cols(needs(need_cols)), want_dense(needs(need_dense)),
         want_factor(needs(need_factor)), want_pairs(needs(need_pairs)),
         want_bias(want_params || want_gamma || want_u || want_w || want_table || want_pieces || want_rows || want_cols || want_dense || want_pairs),
+        want_row_q(needs(need_row_q)), want_row_e(needs(need_row_e)), want_col_k(needs(need_col_k)), want_col_e(needs(need_col_e)),
+        want_strips(want_row_q || want_row_e || want_col_k || want_col_e),
         one_by_one(want_dense && p.bias.dense.sn && p.bias.dense_sk && ((p.B > 1 && !p.bias.dense.sb) || (p.Hk > 1 && !p.bias.dense.sh))),
         group(p.H / p.Hk), splits(tiles::backward_splits(one_by_one ? 1 : p.B * p.Hk, call.nq_blocks)),
         dp(BwdScratch<E>::pad(p.D)), dvp(BwdScratch<E>::pad(p.Dv)),
@@ -197,12 +208,14 @@ struct Backward {
     Carver oc{nullptr};
     KVPack<E> one;
     carve_pack(one, oc);
-    const int64_t grad_each = splits * p.Nk * ((want_k ? copies * dp : 0) + (want_v ? dvp : 0));
+    Carver sizes{nullptr};
+    call.carve(sizes, true);  // how long the strips' tables are
+    const int64_t grad_each = splits * (p.Nk * ((want_k ? copies * dp : 0) + (want_v ? dvp : 0)) + group * (row_places() + col_places() + key_places()));
     const int64_t total = p.B * p.Hk;
     const int64_t wave = one_by_one ? 1 : wave_heads(int64_t(oc.used) + grad_each * int64_t(sizeof(S)), total, rt.threads, int64_t(14) << 20);
     const int64_t bh = p.B * p.H;
     const auto layout = [&](Carver& c) {
-      call.carve(c);
+      call.carve(c, true);
       packs = c.take<KVPack<E>>(wave);
       worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
       dk = want_k ? c.take<S>(wave * splits * copies * p.Nk * dp) : nullptr;
@@ -220,6 +233,11 @@ struct Backward {
       g_u = want_u ? c.take<S>(planes() * bh * p.Nq) : nullptr;
       g_gamma = want_gamma ? c.take<S>(bh * p.Nq) : nullptr;
       g_rho = want_rho ? c.take<S>(bh * p.Nq) : nullptr;
+      g_row_e = want_row_e ? c.take<S>(wave * group * splits * row_places()) : nullptr;
+      g_col_e = want_col_e ? c.take<S>(wave * group * splits * col_places()) : nullptr;
+      g_col_k = want_col_k ? c.take<S>(wave * group * splits * key_places()) : nullptr;
+      t_row_e = want_row_e ? c.take<double>(call.row_strip.heads(p) * p.bias.terms_len * p.bias.strip_d) : nullptr;
+      t_col_e = want_col_e ? c.take<double>(call.col_strip.heads(p) * p.bias.terms_len * p.bias.strip_d) : nullptr;
       for (int64_t i = 0; i < wave; ++i) {
         KVPack<E> k;
         carve_pack(k, c);
@@ -233,6 +251,9 @@ struct Backward {
     Carver real{mem};
     layout(real);
     call.prepare();
+    if (call.strip_tasks()) rt.parallel(call.strip_tasks(), [](void* self, int64_t t, int) { static_cast<Backward*>(self)->call.strip_task(t); }, this);
+    if (t_row_e) std::memset(t_row_e, 0, size_t(call.row_strip.heads(p) * p.bias.terms_len * p.bias.strip_d) * sizeof(double));
+    if (t_col_e) std::memset(t_col_e, 0, size_t(call.col_strip.heads(p) * p.bias.terms_len * p.bias.strip_d) * sizeof(double));
     if (want_rows) std::memset(a.drows, 0, size_t(bh * p.Nq * p.bias.terms_len) * sizeof(S));
     if (want_dense && !g_key && !g_row) std::memset(a.ddense, 0, size_t((p.bias.dense.sb ? p.B : 1) * (p.bias.dense.sh ? p.H : 1) * p.Nq * p.Nk) * sizeof(S));
     if (g_row) std::memset(g_row, 0, size_t(bh * p.Nq) * sizeof(S));
@@ -242,9 +263,43 @@ struct Backward {
       rt.parallel(heads * call.nk_tiles, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->pack_task(t, w); }, this);
       rt.parallel(heads * splits, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->split_task(t, w); }, this);
       if (want_k || want_v) rt.parallel(heads * call.nk_tiles, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->store_task(t, w); }, this);
+      if (want_strips) add_strips();
     }
     reduce_bias();
     rt.release(mem);
+  }
+
+  int64_t strip_dp() const { return padded<S>(p.bias.strip_d); }
+  int64_t row_places() const { return want_row_e ? call.row_strip.len * strip_dp() : 0; }
+  int64_t col_places() const { return want_col_e ? call.col_strip.len * strip_dp() : 0; }
+  int64_t key_places() const { return want_col_k ? p.Nk * strip_dp() : 0; }
+  int64_t strip_row(int64_t w, int64_t x, int64_t split) const { return (w * group + x) * splits + split; }
+
+  // The wave's sums of the strips, in the order of heads, splits and places whatever the size of a wave.
+  void add_strips() {
+    const TableSpan sp = table_span(p);
+    const int64_t d = p.bias.strip_d, R = p.bias.terms_len, dps = strip_dp();
+    const auto by_entry = [&](double* total, const StripTable<S>& t, const S* src, int64_t h) {
+      double* y = total + (t.e->sh ? h : 0) * R * d;
+      for (int64_t x = 0; x < t.len; ++x) {
+        const int64_t offset = t.sign * (t.first + x);
+        const int32_t at = offset >= sp.lo && offset < sp.lo + sp.len ? call.index_lut()[offset] : -1;
+        if (at < 0) continue;
+        for (int64_t c = 0; c < d; ++c) y[at * d + c] += double(src[x * dps + c]);
+      }
+    };
+    for (int64_t w = 0; w < heads; ++w)
+      for (int64_t x = 0; x < group; ++x) {
+        const int64_t bk = head0 + w, b = bk / p.Hk, h = bk % p.Hk * group + x;
+        for (int64_t s = 0; s < splits; ++s) {
+          if (g_row_e) by_entry(t_row_e, call.row_strip, g_row_e + strip_row(w, x, s) * row_places(), h);
+          if (g_col_e) by_entry(t_col_e, call.col_strip, g_col_e + strip_row(w, x, s) * col_places(), h);
+        }
+        for (int64_t j = 0; g_col_k && j < p.Nk; ++j) {
+          S* y = static_cast<S*>(a.dcol_k) + ((b * p.H + h) * p.Nk + j) * d;
+          sum_splits(y, g_col_k + strip_row(w, x, 0) * key_places() + j * dps, key_places(), d);
+        }
+      }
   }
 
   void pack_task(int64_t task, int worker) {
@@ -294,6 +349,9 @@ struct Backward {
         const int64_t at = (p.bias.dense.sb ? b : 0) * (p.bias.dense.sh ? p.H : 1) + (p.bias.dense.sh ? h : 0);
         bg.dense = static_cast<S*>(a.ddense) + at * p.Nq * p.Nk;
       }
+      bg.row_e = own(g_row_e, strip_row(w, x, split), row_places());
+      bg.col_e = own(g_col_e, strip_row(w, x, split), col_places());
+      bg.col_k = own(g_col_k, strip_row(w, x, split), key_places());
       for (int64_t qb = split; qb < call.nq_blocks; qb += splits) block(packs[w], b, h, qb, sc, bg, dk_acc, dv_acc);
     }
   }
@@ -357,7 +415,7 @@ struct Backward {
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
     w.block->init(hb, i0, rows, I0);
-    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms};
+    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms, &w.strips};
     if (w.terms) terms.start();
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < kBM; ++l) {
@@ -374,13 +432,16 @@ struct Backward {
       const int64_t j0 = t * kBN<E>;
       TileBias<S>& tb = *w.bias;
       tb.init(hb, *w.block, p, I0, lanes, j0, js, je);
-      if (may_skip && forgettable(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes)) { ++decayed; return; }
+      if (may_skip && w.terms) terms.reach(tb, *w.reach, j0, js, je);
+      if (may_skip && forgettable(tb, hb, kv.k_norm[t], w, terms, I0, j0 + js, j0 + je - 1, lanes)) { ++decayed; return; }
       ++visited;
       mask.q_ids = w.ids;
       tile(kv, t, j0, js, je, tb, mask, terms, w, bg, lanes, I0, dk_acc, dv_acc, touched);
     });
 
     if (settle) settle_rows(w, bg, b, h, i0, rows);
+    if (want_row_q)
+      for (int64_t r = 0; r < rows; ++r) std::memcpy(static_cast<S*>(a.drow_q) + (row0 + r) * p.bias.strip_d, w.strips.dq + r * strip_dp(), size_t(p.bias.strip_d) * sizeof(S));
     if (needs(need_q)) store_dq(w, touched, b, h, i0, rows);
     if (g_u)
       for (int64_t plane = 0; plane < planes(); ++plane) std::memcpy(g_u + plane_row(b, h, plane) * p.Nq + i0, plane ? w.du2 : w.du, size_t(rows) * sizeof(S));
@@ -431,9 +492,16 @@ struct Backward {
   }
 
   // As in the forward pass, with the final lse: P of every pair of the tile is below eps / (Nk * weight).
-  static bool forgettable(const TileBias<S>& tb, const HeadBias<S>& hb, S k_norm, const BwdScratch<E>& w, int64_t I0, int64_t j_first, int64_t j_last, int64_t lanes) {
+  bool forgettable(const TileBias<S>& tb, const HeadBias<S>& hb, S k_norm, const BwdScratch<E>& w, const Terms<E>& terms, int64_t I0, int64_t j_first, int64_t j_last, int64_t lanes) const {
+    S score = 0;  // gradients that weigh dS by the product itself lose that much more
+    if (keep_raw()) {
+      for (int64_t l = 0; l < lanes; ++l) score = w.scale->qn[l] > score ? w.scale->qn[l] : score;
+      score = S(__builtin_log2(1 + double(score) * double(k_norm)));
+    }
     for (int64_t l = 0; l < lanes; l += L) {
-      const V bound = fma(V::load(w.scale->qn + l), V(k_norm), tb.upper(hb, l, I0, j_first, j_last));
+      const V product = V::load(w.scale->qn + l) * V(k_norm);
+      const V form = tb.upper(hb, l, I0, j_first, j_last) + V(score);
+      const V bound = w.terms ? terms.upper(*w.reach, product, form) : product + form;
       const Mask<S> proven = V::load(w.lse + l) + V::load(w.slack + l) >= bound;
       for (int x = 0; x < L; ++x)
         if (!proven.m[x]) return false;
@@ -457,6 +525,7 @@ struct Backward {
       for (int64_t l = 0; l < kBM; ++l) ones[l] = 1;
     const int only = only_region(mask, j0 + js, j0 + je, lanes);
 
+    if (w.terms) terms.start_tile(j0, js, je);
     for (int64_t c0 = js; c0 < je; c0 += kChunk) {
       const int64_t c1 = c0 + kChunk < je ? c0 + kChunk : je;
       if (w.raw)
@@ -471,6 +540,7 @@ struct Backward {
       });
       // dS -> gradient of what each step of the score put out, back to the product.
       if (p.softcap_bias) times(ds, w.cap, c0, c1, lanes);
+      if (want_strips) terms.strip_grads(ds, P, c0, c1);
       if (want_bias) bias_grads(tb, terms, w, bg, s, ds, c0, c1, lanes, I0, j0);
       if (p.softcap > 0 && !p.softcap_bias) times(ds, w.cap, c0, c1, lanes);
       if (p.bias.factor) factor_grads(terms, w, bg, ds, c0, c1, I0, j0);
@@ -478,6 +548,8 @@ struct Backward {
       if (want_rho) rho_grads(w, ds, c0, c1, lanes);
       finish_ds(w, s, ds, c0, c1, lanes, only < 0);
     }
+    if constexpr (E::kPack == 1)
+      if (want_strips) w.strips.finish_tile(call.row_strip, call.col_strip, terms.h, lanes, j0, want_row_q, bg.row_e, bg.col_k, bg.col_e);
     const U* pa = E::kPack == 1 ? reinterpret_cast<const U*>(s) : w.pa;
     if (dv_acc) by_key(dv_acc + j0 * dvp, dvp, pa, w.dor, js, jm, je, lanes);
     if (!want_q && !want_k) return;
@@ -831,6 +903,11 @@ struct Backward {
     }
     if (a.dfactor) fold(a.dfactor, bi.factor, g_factor, splits, bi.Sq * bi.Sk, false);
     if (a.dpairs) fold(a.dpairs, bi.pairs, g_pairs, splits, bi.Sq * bi.Sk, false);
+    const auto entries = [&](void* out, const double* total, int64_t n) {
+      for (int64_t x = 0; x < n; ++x) static_cast<S*>(out)[x] = S(total[x]);
+    };
+    if (a.drow_e) entries(a.drow_e, t_row_e, call.row_strip.heads(p) * bi.terms_len * bi.strip_d);
+    if (a.dcol_e) entries(a.dcol_e, t_col_e, call.col_strip.heads(p) * bi.terms_len * bi.strip_d);
     if (a.dcols) fold(a.dcols, {nullptr, 1, 1, 1}, g_cols, splits, p.Nk * bi.terms_len, false);
     if (a.ddense && g_key) fold(a.ddense, bi.dense, g_key, splits, p.Nk, false);
     if (a.ddense && g_row) fold(a.ddense, bi.dense, g_row, 1, p.Nq, bi.dense.sn == 0);

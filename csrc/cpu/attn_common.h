@@ -12,13 +12,12 @@
 #include "../pos/bias.h"
 #include "../pos/region.h"
 #include "../pos/visible.h"
+#include "attn_strips.h"
 #include "kernels.h"
-#include "rows.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
 namespace {
 
-constexpr int64_t kBM = tiles::kBlockQ;
 constexpr int64_t kMaxBN = 128;
 template <class E> constexpr int64_t kBN = tiles::block_k(E::kPack == 2);
 constexpr double kLog2e = 1.4426950408889634074;
@@ -437,6 +436,7 @@ struct Call {
   S *table = nullptr, *env = nullptr;            // (heads, span)
   S* omega = nullptr;                            // (heads, span)
   int32_t* index = nullptr;                      // (span)
+  StripTable<S> row_strip, col_strip;
 
   explicit Call(const AttnParams& params)
       : p(params),
@@ -449,7 +449,7 @@ struct Call {
   int64_t table_heads() const { return p.bias.table && !is_mapped(p.bias) ? (same_bias_heads ? 1 : p.H) : 0; }
   int64_t omega_heads() const { return p.bias.omega ? (p.bias.omega.sh ? p.H : 1) : 0; }
 
-  void carve(Carver& c) {
+  void carve(Carver& c, bool backward = false) {
     if (p.vis.k_ids) {
       q_span = c.take<IdSpan>(p.B * nq_blocks);
       k_span = c.take<IdSpan>(p.B * nk_tiles);
@@ -469,6 +469,21 @@ struct Call {
     }
     if (int64_t n = omega_heads()) omega = c.take<S>(n * table_span(p).len);
     if (p.bias.index) index = c.take<int32_t>(table_span(p).len);
+    const TableSpan sp = table_span(p);
+    row_strip.carve(c, p, p.bias.row_e, sp.lo, sp.len, true, backward);
+    col_strip.carve(c, p, p.bias.col_e, sp.lo, sp.len, false, backward);
+  }
+
+  // After prepare: the strips' tables, in parts.
+  int64_t strip_tasks() const {
+    return (row_strip.e ? row_strip.heads(p) * row_strip.blocks() : 0) + (col_strip.e ? col_strip.heads(p) * col_strip.blocks() : 0);
+  }
+  void strip_task(int64_t task) const {
+    const TableSpan sp = table_span(p);
+    const int64_t of_rows = row_strip.e ? row_strip.heads(p) * row_strip.blocks() : 0;
+    const StripTable<S>& t = task < of_rows ? row_strip : col_strip;
+    if (task >= of_rows) task -= of_rows;
+    t.expand(index_lut(), sp.lo, sp.lo + sp.len, task / t.blocks(), task % t.blocks());
   }
 
   void prepare() {
@@ -809,11 +824,14 @@ struct BlockScale {
 // Products in float32 although the inputs are bf16: sums of dS over many keys cancel to a small part of their terms, and P
 // rounded as an operand leaves row sums of dS that do not (3 to 30 times the error of eager torch was seen). Only where a
 // parameter learns, which is when the residual is kept.
-inline bool exact_rows(const AttnParams& p) { return pos::has_terms(p.bias) && p.residual.p; }
+// Strips know float32 alone.
+inline bool exact_rows(const AttnParams& p) { return pos::has_terms(p.bias) && (p.residual.p || p.bias.row_e || p.bias.col_e); }
 
 // log2 of the probability all skipped tiles of a row may hold, spread over the keys.
 inline double skip_log2(const AttnParams& p) {
-  if (!(p.skip_eps > 0) || p.bias.form == BiasForm::none || pos::is_composed(p)) return -__builtin_inf();
+  const Bias& b = p.bias;
+  const bool unbounded = b.rows || b.cols || b.row_e || b.col_e || b.dense || b.factor || b.pairs;
+  if (!(p.skip_eps > 0) || (b.form == BiasForm::none) || unbounded) return -__builtin_inf();
   return __builtin_log2(p.skip_eps) - __builtin_log2(double(p.Nk > 1 ? p.Nk : 1));
 }
 

@@ -25,11 +25,13 @@ template <class E>
 struct FwdScratch {
   using S = typename E::S;
   using U = typename E::U;
+  StripScratch<E> strips;
   S *rows, *s, *o, *terms, *other;
   U *tmp, *qt, *pt;
   TileBias<S>* bias;
   BlockBias<S>* block;
   BlockScale<S>* scale;
+  Reach<S>* reach;
   S *m, *l, *slack, *ids;
 
   void carve(Carver& c, const AttnParams& p) {
@@ -45,6 +47,8 @@ struct FwdScratch {
     bias = c.take<TileBias<S>>(1);
     block = c.take<BlockBias<S>>(1);
     scale = c.take<BlockScale<S>>(1);
+    reach = c.take<Reach<S>>(1);
+    strips.carve(c, p, false);
     m = c.take<S>(kBM);
     l = c.take<S>(kBM);
     slack = c.take<S>(kBM);
@@ -169,7 +173,7 @@ struct Forward {
     const int64_t wave = wave_heads(int64_t(oc.used), total, rt.threads, int64_t(8) << 20);
     char* mem = nullptr;
     const auto layout = [&](Carver& c) {
-      call.carve(c);
+      call.carve(c, false);
       packs = c.take<KVPack<E>>(wave);
       worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
       for (int64_t i = 0; i < wave; ++i) {
@@ -185,6 +189,7 @@ struct Forward {
     Carver real{mem};
     layout(real);
     call.prepare();
+    if (call.strip_tasks()) rt.parallel(call.strip_tasks(), [](void* self, int64_t task, int) { static_cast<Forward*>(self)->call.strip_task(task); }, this);
     for (head0 = 0; head0 < total; head0 += wave) {
       heads = total - head0 < wave ? total - head0 : wave;
       rt.parallel(heads * call.nk_tiles, [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->pack_task(task, worker); }, this);
@@ -244,7 +249,7 @@ struct Forward {
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
     w.block->init(hb, i0, rows, I0);
-    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms};
+    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms, &w.strips};
     if (w.terms) terms.start();
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < lanes; ++l) {
@@ -264,10 +269,11 @@ struct Forward {
       tb.init(hb, *w.block, p, I0, lanes, j0, js, je);
       mask.q_ids = w.ids;
       bool exact = true;
-      if (!empty && !w.terms) {
-        const Bound bound = judge(tb, hb, kv.k_norm[t], w, I0, j0 + js, j0 + je - 1, lanes);
+      if (!empty && (!w.terms || skip > -1e300)) {
+        if (w.terms) terms.reach(tb, *w.reach, j0, js, je);
+        const Bound bound = judge(tb, hb, kv.k_norm[t], w, terms, I0, j0 + js, j0 + je - 1, lanes);
         if (skip > -1e300 && bound.forgettable) { ++decayed; return; }
-        exact = !bound.harmless;
+        exact = w.terms || !bound.harmless;
       }
       ++visited;
       tile(kv, t, j0, js, je, tb, mask, terms, w, lanes, units, empty, exact);
@@ -291,11 +297,12 @@ struct Forward {
                        // lse so far + log2(eps / Nk), lse only grows, and a row has at most Nk skipped keys
     bool harmless;     // P = exp2(x - m) cannot pass 2^kRoom with the m the rows have
   };
-  static Bound judge(const TileBias<S>& tb, const HeadBias<S>& hb, S k_norm, const FwdScratch<E>& w, int64_t I0, int64_t j_first, int64_t j_last, int64_t lanes) {
+  static Bound judge(const TileBias<S>& tb, const HeadBias<S>& hb, S k_norm, const FwdScratch<E>& w, const Terms<E>& terms, int64_t I0, int64_t j_first, int64_t j_last, int64_t lanes) {
     bool skip = true, calm = true;
     for (int64_t l = 0; l < lanes; l += L) {
       const V m = V::load(w.m + l);
-      const V bound = fma(V::load(w.scale->qn + l), V(k_norm), tb.upper(hb, l, I0, j_first, j_last));
+      const V product = V::load(w.scale->qn + l) * V(k_norm);
+      const V bound = w.terms ? terms.upper(*w.reach, product, tb.upper(hb, l, I0, j_first, j_last)) : product + tb.upper(hb, l, I0, j_first, j_last);
       // A row's sum holds at least one P of 1 as soon as it has seen a key, so its lse is at least m.
       const Mask<S> a = m + V::load(w.slack + l) >= bound, b = m + V(S(kRoom)) >= bound;
       for (int x = 0; x < L; ++x) {  // NaN is on neither side
@@ -314,6 +321,7 @@ struct Forward {
     alignas(64) S ones[kBM];
     if (w.terms) {
       constexpr int64_t step = Terms<E>::kKeys;
+      terms.start_tile(j0, js, je);
       for (int64_t j = js; j < je; j += step) terms.compose(tb, c, w.s, kBM, nullptr, j0, j, j + step < je ? j + step : je);
       for (int64_t l = 0; l < lanes; ++l) ones[l] = 1;
       c = ones;

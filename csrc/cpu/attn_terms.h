@@ -43,6 +43,12 @@ struct TermGrad {
   S* row = nullptr;          // Nq: a dense bias that all keys share
 };
 
+// What the composed parts of a tile can do to a score: the largest factor of its product, and the largest addition to it.
+template <class S>
+struct Reach {
+  S omega = 1, added = 0;
+};
+
 // The terms of one head over one block of queries.
 template <class E>
 struct Terms {
@@ -58,6 +64,7 @@ struct Terms {
   const BlockBias<S>& bb;
   int64_t b, h, i0, rows, lanes, I0;
   S* buf;  // kScratch
+  StripScratch<E>* strips;
 
   const AttnParams& p() const { return call.p; }
 
@@ -66,10 +73,21 @@ struct Terms {
   S* q_seg() const { return buf + 2 * kKeys * kBM; }  // by lane, as a number
   const int32_t* k_seg() const { return p().bias.k_seg + b * p().bias.k_seg_sb; }
 
+  bool has_strips() const {
+    if constexpr (E::kPack == 1) return p().bias.row_e || p().bias.col_e;
+    return false;
+  }
   // Once a block of queries.
   void start() const {
     const Bias& bias = p().bias;
+    if constexpr (E::kPack == 1) strips->start_block(p(), b, h, i0, rows);
     for (int64_t l = 0; bias.q_seg && l < kBM; ++l) q_seg()[l] = l < rows ? S(bias.q_seg[b * bias.q_seg_sb + i0 + l]) : S(0);
+  }
+
+  // Once a tile that is computed.
+  void start_tile(int64_t j0, int64_t js, int64_t je) const {
+    if constexpr (E::kPack == 1)
+      if (has_strips()) strips->start_tile(p(), call.row_strip, call.col_strip, call.index_lut(), b, h, I0, lanes, j0, js, je);
   }
 
   // f(first key, end, first lane, entries of the table for the vector's rows) for runs of keys of one segment.
@@ -122,7 +140,9 @@ struct Terms {
       });
     if (bias.form == BiasForm::fire) add_pieces(tb, s, P, c0, c1);
     if (hb.mapped && pos::is_table(bias.form)) add_mapped(tb, s, P, c0, c1);
-    if (bias.index) add_indexed(s, P, j0, c0, c1);
+    if (bias.rows || bias.cols) add_indexed(s, P, j0, c0, c1);
+    if constexpr (E::kPack == 1)
+      if (has_strips()) strips->add(s, P, lanes, c0, c1, V(S(kLog2e)), buf);
     if (bias.dense) add_dense(s, P, j0, c0, c1);
     if (p().softcap > 0 && p().softcap_bias) {
       with_kind(tb, [&](auto kind, auto phi) {
@@ -134,6 +154,92 @@ struct Terms {
       });
       soften(s, P, cap, c0, c1);
     }
+  }
+
+  // ---- the bound that skips tiles -------------------------------------------------------------------------------------
+
+  // What compose can make of the products of keys [js, je) of the tile at j0. Bounds hold for the numbers as float computes
+  // them: `added` is raised by more than their rounding.
+  void reach(const TileBias<S>& tb, Reach<S>& r, int64_t j0, int64_t js, int64_t je) const {
+    r = {};
+    if (const S* om = call.omega_of(h)) {
+      V most(S(0));
+      const S* t = om + (I0 - j0);
+      for (int64_t x = 1 - je; x < lanes - js; x += L) most = max(abs(V::load(t + x)), most);
+      r.omega = highest(most);
+    }
+    const bool fire = p().bias.form == BiasForm::fire;
+    if (!fire && !(hb.mapped && pos::is_table(p().bias.form))) return;
+    S most;
+    if (fire) {
+      S n0, n1;
+      if (hb.mapped) {
+        span_of(tb, js, je, n0, n1);
+        const S far = max_of(n0 < 0 ? -n0 : n0, n1 < 0 ? -n1 : n1), near = n0 <= 0 && n1 >= 0 ? S(0) : min_of(n0 < 0 ? -n0 : n0, n1 < 0 ? -n1 : n1);
+        extremes(hb.raw_table, near, far, n0, n1);
+      } else {
+        V least(kInf<S>), top(-kInf<S>);
+        for (int64_t x = 1 - je; x < lanes - js; x += L) {
+          const V n = V::load(tb.table + x);
+          least = min(n, least);
+          top = max(n, top);
+        }
+        n0 = lowest(least), n1 = highest(top);
+      }
+      most = highest_piece(n0, n1);
+    } else {
+      S d0, d1, low;
+      span_of(tb, js, je, d0, d1);
+      const S last = S(p().bias.table_len - 1), mid = p().bias.form == BiasForm::table ? S(int64_t(last) / 2) : S(0);
+      if (p().bias.form == BiasForm::table) extremes(hb.raw_table, mid - d1, mid - d0, low, most);
+      else extremes(hb.raw_table, d0, d1, low, most);
+    }
+    r.added = most * S(kLog2e) + (most < 0 ? -most : most) * S(1e-5) + S(1e-5);
+  }
+
+  static S max_of(S a, S b2) { return a > b2 ? a : b2; }
+  static S min_of(S a, S b2) { return a < b2 ? a : b2; }
+  // Smallest and largest difference of positions in the tile.
+  void span_of(const TileBias<S>& tb, int64_t js, int64_t je, S& d0, S& d1) const {
+    S lo = tb.r[0], hi = tb.r[0];
+    for (int64_t l = 1; l < rows; ++l) lo = min_of(lo, tb.r[l]), hi = max_of(hi, tb.r[l]);
+    S a = tb.y[js], e = tb.y[js];
+    for (int64_t j = js + 1; j < je; ++j) a = min_of(a, tb.y[j]), e = max_of(e, tb.y[j]);
+    d0 = lo - e, d1 = hi - a;
+  }
+  // Smallest and largest entry of the given table between two places, which are clamped to it.
+  void extremes(const S* table, S from, S to, S& low, S& high) const {
+    const int64_t last = p().bias.table_len - 1;
+    const auto place = [&](S x) { return x <= 0 ? int64_t(0) : x >= S(last) ? last : int64_t(x); };
+    const int64_t a = place(from), e = place(to);
+    low = high = table[a];
+    for (int64_t x = a + 1; x <= e; ++x) low = min_of(low, table[x]), high = max_of(high, table[x]);
+  }
+  // The largest value of the pieces where the numerator lies in [n0, n1]: at an end, or where a piece begins.
+  S highest_piece(S n0, S n1) const {
+    S g0 = bb.gm[0], g1 = bb.gm[0];
+    for (int64_t l = 1; l < rows; ++l) g0 = min_of(g0, bb.gm[l]), g1 = max_of(g1, bb.gm[l]);
+    S x0 = kInf<S>, x1 = -kInf<S>;
+    const S ends[4] = {n0 * g0, n0 * g1, n1 * g0, n1 * g1};
+    for (const S x : ends) x0 = min_of(x0, x), x1 = max_of(x1, x);
+    const S *t = begin(), *m = slope(), *n = intercept();
+    const int64_t count = p().bias.pieces_len;
+    int64_t k = 0;
+    while (k + 1 < count && x0 > t[k + 1]) ++k;
+    S best = m[k] * x0 + n[k];
+    for (; k + 1 < count && t[k + 1] < x1; ++k) best = max_of(best, m[k + 1] * t[k + 1] + n[k + 1]);
+    return max_of(best, m[k] * x1 + n[k]);
+  }
+
+  // The largest score, in log2 units, of queries whose products are at most `product` in size, for a closed form that adds
+  // at most `form`.
+  FASTPE_INLINE V upper(const Reach<S>& r, V product, V form) const {
+    const auto capped = [&](V x) {  // raised by more than tanh's own error
+      return V(S(p().softcap_mul * kLog2e)) * (tanh(x * V(S(kLn2 / p().softcap))) + V(S(2e-6)));
+    };
+    const V x = product * V(r.omega), add = form + V(r.added);
+    if (!(p().softcap > 0)) return x + add;
+    return p().softcap_bias ? capped(x + add) : capped(x) + add;
   }
 
   void soften(S* s, int64_t P, S* cap, int64_t c0, int64_t c1) const {
@@ -381,6 +487,10 @@ struct Terms {
       }
       for (int64_t l = 0; l < lanes; l += L) fma(V::load(buf + l), unit, V::load(s + j * P + l)).store(s + j * P + l);
     }
+  }
+
+  void strip_grads(const S* ds, int64_t P, int64_t c0, int64_t c1) const {
+    if constexpr (E::kPack == 1) strips->keep(ds, P, lanes, c0, c1);
   }
 
   void indexed_grads(const S* ds, int64_t P, const TermGrad<S>& g, int64_t j0, int64_t c0, int64_t c1) const {

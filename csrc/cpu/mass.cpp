@@ -59,6 +59,7 @@ struct Mass {
     layout(real);
     plain.call.prepare();
     using Self = Mass;
+    if (call.strip_tasks()) rt.parallel(call.strip_tasks(), [](void* self, int64_t t, int) { static_cast<Self*>(self)->call.strip_task(t); }, this);
     for (head0 = 0; head0 < total; head0 += wave) {
       heads = total - head0 < wave ? total - head0 : wave;
       plain.head0 = head0;
@@ -113,7 +114,8 @@ struct Mass {
     HeadBias<S> hb;
     hb.init(p, b, h, call.table_of(h), call.env_of(h));
     w.block->init(hb, i0, rows, I0);
-    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms};
+    StripScratch<E> strips = w.strips;
+    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms, &strips};
     if (w.terms) terms.start();
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     alignas(64) S ones[kBM];
@@ -128,6 +130,7 @@ struct Mass {
       mask.q_ids = w.ids;
       tile_scores(p, kv, w.qt, plain.q_step(), mask, js, jm, je, lanes, w.s, kBM, w.other);
       constexpr int64_t step = Terms<E>::kKeys;
+      if (w.terms) terms.start_tile(j0, js, je);
       for (int64_t j = js; w.terms && j < je; j += step) terms.compose(tb, w.scale->c, w.s, kBM, nullptr, j0, j, j + step < je ? j + step : je);
       const S* c = w.terms ? ones : w.scale->c;
       const bool masked = mask.partial();
@@ -179,7 +182,7 @@ struct Mass {
 void attn_mass(const MassParams& a, const Runtime& rt) {
   if (a.fwd.dtype == DType::f64) return Mass<OpF64>(a, rt).run();
 #if defined(__AVX512BF16__)
-  if (a.fwd.dtype == DType::bf16) return Mass<OpBF16>(a, rt).run();
+  if (a.fwd.dtype == DType::bf16 && !exact_rows(a.fwd)) return Mass<OpBF16>(a, rt).run();
 #endif
   Mass<OpF32>(a, rt).run();
 }

@@ -92,7 +92,7 @@ constexpr FASTPE_HD bool is_table(BiasForm f) { return f == BiasForm::table || f
 // Scores that a fused form and a scale do not make: they are composed term by term before the softmax, without the bound
 // that skips tiles.
 constexpr FASTPE_HD bool has_terms(const Bias& b) {
-  return b.form == BiasForm::fire || (is_table(b.form) && (b.u.p || b.w.p)) || b.omega.p || b.rows.p || b.cols.p || b.dense.p || b.factor.p || b.pairs.p;
+  return b.form == BiasForm::fire || (is_table(b.form) && (b.u.p || b.w.p)) || b.omega.p || b.rows.p || b.cols.p || b.dense.p || b.factor.p || b.pairs.p || b.row_e.p || b.col_e.p;
 }
 constexpr FASTPE_HD bool is_composed(const AttnParams& p) { return p.softcap > 0 || has_terms(p.bias); }
 

@@ -66,6 +66,10 @@ class OpBias:
     rows: Tensor | None = None
     cols: Tensor | None = None
     index: Tensor | None = None
+    row_q: Tensor | None = None
+    row_e: Tensor | None = None
+    col_k: Tensor | None = None
+    col_e: Tensor | None = None
     dense: Tensor | None = None
     factor: Tensor | None = None
     pairs: Tensor | None = None

@@ -18,6 +18,7 @@ class TileStats:
         hidden: tiles without a visible pair, never touched.
         decayed: tiles skipped because the bias has decayed there, within the bound of `fastpe.config.skip_bound`.
         block_q, block_k: tile size of the last call.
+        share: decayed tiles among those with a visible pair, 0 to 1.
     """
 
     visited: int = 0
@@ -25,6 +26,10 @@ class TileStats:
     decayed: int = 0
     block_q: int = 0
     block_k: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.decayed / max(self.visited + self.decayed, 1)
 
 
 @contextlib.contextmanager

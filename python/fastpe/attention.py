@@ -187,8 +187,12 @@ def _op_args(r: _Ready, bias: Bias | None, head_scale, temperature, sink, softca
         b.factor, b.pairs, b.q_seg, b.k_seg,
         seen.intervals, seen.lower, seen.q_seg, seen.k_seg, seen.relation, seen.block_map, seen.block_q, seen.block_k,
         0 if plan is None else plan.kind, 1 if plan is None else plan.size,
+        b.row_q, b.row_e, b.col_k, b.col_e,
     )  # fmt: skip
-    learned = (b.params, b.gamma, b.u, b.w, b.table, b.pieces, b.omega, b.rows, b.cols, b.dense, b.factor, b.pairs, rho, sink)
+    learned = (
+        b.params, b.gamma, b.u, b.w, b.table, b.pieces, b.omega, b.rows, b.cols, b.dense, b.factor, b.pairs,
+        b.row_q, b.row_e, b.col_k, b.col_e, rho, sink,
+    )  # fmt: skip
     return args, torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
 
 
@@ -376,7 +380,7 @@ def _divided(call: Call, b: OpBias, inverse: Tensor | float) -> OpBias:
     """Every additive part of a bias times `inverse`, a number or (1, H, 1)."""
     per_head = inverse[0] if isinstance(inverse, Tensor) else inverse
     each = inverse[..., None] if isinstance(inverse, Tensor) else inverse
-    parts = {what: getattr(b, what) * each for what in ("rows", "cols", "dense", "pairs") if getattr(b, what) is not None}
+    parts = {what: getattr(b, what) * each for what in ("rows", "cols", "row_q", "col_k", "dense", "pairs") if getattr(b, what) is not None}
     if b.pieces is not None:
         start, slope, intercept = b.pieces
         parts["pieces"] = torch.stack(torch.broadcast_tensors(start, slope * per_head, intercept * per_head))

@@ -74,7 +74,7 @@ class Sum(Bias):
     """Biases added up; `a + b` makes one.
 
     A call has room for one closed form (anything that is a function of a distance: Alibi, Kerple, T5, RelativeTable,
-    Fire, Cable, Forget, ...), one RowTable, one ColTable, one SegmentPairs, and any number of Dense. Two closed forms are added in one
+    Fire, Cable, Forget, ...), one RowTable, one ColTable, one RowProduct, one ColProduct, one SegmentPairs, and any number of Dense. Two closed forms are added in one
     `RelativeTable(lambda d: ...)` when both depend on the distance only, else one of them as a Dense.
 
     Args:
@@ -105,13 +105,14 @@ class Sum(Bias):
                 _alone(owner, "closed form", term, "add functions of the distance in one RelativeTable(lambda d: ...)")
                 closed = {f.name: getattr(one, f.name) for f in dataclasses.fields(one) if f.name not in _OPEN}
                 total = dataclasses.replace(total, **closed)
-            for what, many in (("rows", "RowTable"), ("cols", "ColTable")):
+            for what, many in (("rows", "RowTable"), ("cols", "ColTable"), ("row_q", "RowProduct"), ("col_k", "ColProduct")):
                 if getattr(one, what) is not None:
                     _alone(owner, many, term, "join their tables along the channels")
-                    total = dataclasses.replace(total, **{what: getattr(one, what)})
+                    table = {"row_q": "row_e", "col_k": "col_e"}.get(what, what)
+                    total = dataclasses.replace(total, **{what: getattr(one, what), table: getattr(one, table)})
             if one.index is not None:
-                if total.index is not None and not _same_index(total.index, one.index):
-                    _alone({"index": owner["index"]}, "index", term, "give RowTable and ColTable the same reach and index")
+                if total.index is not None and not (_same_index(total.index, one.index) and owner["index"]._entries() == term._entries()):
+                    _alone({"index": owner["index"]}, "index", term, "give the terms of rows and columns the same entries and index")
                 owner["index"] = term
                 total = dataclasses.replace(total, index=one.index)
             if one.q_seg is not None:
@@ -131,7 +132,7 @@ class Sum(Bias):
     shifts_rows = property(lambda self: any(term.shifts_rows for term in self.terms))
 
 
-_OPEN = ("rows", "cols", "index", "dense", "factor", "pairs", "q_seg", "k_seg")
+_OPEN = ("rows", "cols", "row_q", "row_e", "col_k", "col_e", "index", "dense", "factor", "pairs", "q_seg", "k_seg")
 
 
 def _alone(owner: dict[str, Bias], place: str, term: Bias, how: str) -> None:
@@ -1381,9 +1382,12 @@ class _Indexed(Bias):
         call.fits(self._where, "terms", x.shape[:3], *axes)
         return call.aux(self._where, "terms", x).expand(call.B, call.H, n, entries)
 
+    def _entries(self) -> int:
+        return self.terms.shape[3]
+
     def _entry(self, d: Tensor) -> Tensor:
         """The entry of distances I - j; negative: none."""
-        entries = self.terms.shape[3]
+        entries = self._entries()
         if self.index is None:
             return d.clamp(-(entries // 2), entries // 2) + entries // 2
         e = self.index(d.reshape(-1))
@@ -1407,8 +1411,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
 class RowTable(_Indexed):
     """b_ij = terms[i, entry(I - j)]: every query brings one number for each relative offset, usually terms = scale * q E^T.
 
-    Serves Shaw's relative keys, Transformer-XL, DeBERTa and distance banks; `relative_key`, `transformer_xl`, `deberta` and
-    `distance_bank` make the terms. Their products stay in torch, so gradients reach q and the embeddings through them.
+    For terms that are products with a table of many entries see `RowProduct`, which does not hold them.
 
     Args:
         terms: (B | 1, H | 1, Nq, R) float.
@@ -1468,6 +1471,115 @@ class ColTable(_Indexed):
         return torch.where(e < 0, 0.0, b).transpose(2, 3)
 
 
+class _Product(_Indexed):
+    """<vectors of a token, entry of a table>. `terms` is what a table of all entries would hold: its shape alone is asked."""
+
+    def __post_init__(self):
+        where = self._where
+        for what in ("vectors", "table"):
+            _check.is_float(where, what, getattr(self, what))
+        x, e = self.vectors, self.table
+        if x.dim() != 4 or e.dim() not in (2, 3) or x.shape[3] != e.shape[-1] or e.shape[-2] < 1:
+            raise ValueError(
+                f"{where}: vectors must be (B, H, {self._side}, d) and table (R, d) or (H, R, d), got {_check.shape(x)} and {_check.shape(e)}"
+            )
+        if not 1 <= x.shape[3] <= 256:
+            raise ValueError(f"{where}: vectors must have 1 to 256 channels, got {x.shape[3]}")
+        if self.index is None and e.shape[-2] % 2 == 0:
+            raise ValueError(f"{where}: without index, table holds 2 M + 1 offsets, got R = {e.shape[-2]}; give index for another order")
+        if self.index is not None and not callable(self.index):
+            raise TypeError(f"{where}: index must be a callable of the distance, got {type(self.index).__name__}")
+
+    def _entries(self) -> int:
+        return self.table.shape[-2]
+
+    def _operands(self, call: Call) -> tuple[Tensor, Tensor]:
+        """vectors (B|1, H|1, N, d) and table (H|1, R, d) in the aux dtype."""
+        n = call.Nq if self._side == "queries" else call.Nk
+        x, e = self.vectors, self.table
+        call.fits(self._where, "vectors", x.shape[:3], ("batch entries", call.B), ("heads", call.H), (self._side, n))
+        if x.shape[2] != n:
+            raise ValueError(f"{self._where}: vectors has {x.shape[2]} {self._side}, the call has {n}")
+        e = e if e.dim() == 3 else e[None]
+        call.fits(self._where, "table", e.shape[:1], ("heads", call.H))
+        x, e = call.aux(self._where, "vectors", x), call.aux(self._where, "table", e)
+        # Gradients come for every head; torch sums those of a broadcast axis.
+        return _last_contiguous(x.expand(call.B, call.H, *x.shape[2:])), (e if e.stride(2) == 1 else e.contiguous())
+
+    def _terms(self, call: Call) -> Tensor:
+        x, e = self._operands(call)
+        return x.double() @ e.double().transpose(-1, -2)
+
+
+@_define
+class RowProduct(_Product):
+    """b_ij = <vectors_i, table[entry(I - j)]>: a `RowTable` of vectors table^T that is never held.
+
+    The CPU kernel forms the products of a tile with the entries that the tile's offsets need, forward and backward, so memory
+    is linear however many entries the table has. On a GPU the products are formed beforehand and held, as a RowTable's terms.
+    Serves Shaw's relative keys, Transformer-XL, DeBERTa.
+
+    Args:
+        vectors: (B | 1, H | 1, Nq, d) float, usually scale * query; d up to 256.
+        table: (R, d) or (H, R, d) float.
+        index: the entry of a distance, as in `RowTable`. Default: clamp(I - j, -M, M) + M with R = 2 M + 1.
+
+    Gradients reach vectors and table.
+
+    >>> import torch, fastpe
+    >>> q, table = torch.randn(1, 2, 6, 8), torch.randn(11, 8, requires_grad=True)
+    >>> b = fastpe.bias.RowProduct(8**-0.5 * q, table)
+    >>> fastpe.attention(q, q, q, bias=b).sum().backward(); table.grad.shape
+    torch.Size([11, 8])
+    """
+
+    vectors: Tensor
+    table: Tensor
+    index: Callable[[Tensor], Tensor] | None = None
+
+    _where = "fastpe.bias.RowProduct"
+
+    def op_args(self, call: Call) -> OpBias:
+        x, e = self._operands(call)
+        if call.device.type != "cpu":
+            return OpBias(rows=x @ e.transpose(-1, -2), index=self._lut(call))
+        return OpBias(row_q=x, row_e=e, index=self._lut(call))
+
+    materialize = RowTable.materialize
+
+
+@_define
+class ColProduct(_Product):
+    """b_ij = <vectors_j, table[entry(I - j)]>: a `ColTable` of vectors table^T that is never held; see `RowProduct`.
+
+    Args:
+        vectors: (B | 1, H | 1, Nk, d) float, usually scale * key by query head.
+        table: (R, d) or (H, R, d) float. R, d and index are those of a RowProduct in the same call.
+        index: as in `RowProduct`.
+
+    >>> import torch, fastpe
+    >>> q, k, table = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(11, 8)
+    >>> b = fastpe.bias.RowProduct(q, table) + fastpe.bias.ColProduct(k, table)
+    >>> fastpe.attention(q, k, k, bias=b).shape
+    torch.Size([1, 2, 6, 8])
+    """
+
+    vectors: Tensor
+    table: Tensor
+    index: Callable[[Tensor], Tensor] | None = None
+
+    _where = "fastpe.bias.ColProduct"
+    _side = "keys"
+
+    def op_args(self, call: Call) -> OpBias:
+        x, e = self._operands(call)
+        if call.device.type != "cpu":
+            return OpBias(cols=x @ e.transpose(-1, -2), index=self._lut(call))
+        return OpBias(col_k=x, col_e=e, index=self._lut(call))
+
+    materialize = ColTable.materialize
+
+
 def _wide(x: Tensor) -> Tensor:
     """Half precision to float32: terms are float32 in the kernel."""
     return x if x.dtype == torch.float64 else x.float()
@@ -1497,9 +1609,9 @@ def relative_key(query: Tensor, table: Tensor, *, key: Tensor | None = None, sca
     >>> fastpe.attention(q, q, q, bias=fastpe.bias.relative_key(q, table, key=q)).shape
     torch.Size([1, 2, 6, 8])
     """
-    scale = _scale_of(query, scale)
-    rows = RowTable(scale * _wide(query) @ _wide(table).T)
-    return rows if key is None else rows + ColTable(scale * _query_heads(query, key) @ _wide(table).T)
+    scale, table = _scale_of(query, scale), _wide(table)
+    rows = RowProduct(scale * _wide(query), table)
+    return rows if key is None else rows + ColProduct(scale * _query_heads(query, key), table)
 
 
 def _causal_entry(entries: int) -> Callable[[Tensor], Tensor]:
@@ -1528,9 +1640,9 @@ def transformer_xl(
     scale = _scale_of(query, scale)
     if r.shape[0] < key.shape[2]:
         raise ValueError(f"fastpe.bias.transformer_xl: r holds {r.shape[0]} distances, {key.shape[2]} keys need as many")
-    rows = scale * (_wide(query) + _wide(position_bias)[:, None]) @ _wide(r).permute(1, 2, 0)
+    rows = scale * (_wide(query) + _wide(position_bias)[:, None])
     by_key = scale * (_query_heads(query, key) * _wide(content_bias)[:, None]).sum(-1)
-    return RowTable(rows, _causal_entry(r.shape[0])) + Dense(by_key[:, :, None])
+    return RowProduct(rows, _wide(r).transpose(0, 1), _causal_entry(r.shape[0])) + Dense(by_key[:, :, None])
 
 
 def deberta_bucket(distance: Tensor, buckets: int = 256, max_distance: int = 512) -> Tensor:
@@ -1581,12 +1693,11 @@ def deberta(
     def entry(d: Tensor) -> Tensor:
         return (deberta_bucket(d, buckets, max_distance) + buckets).clamp(0, 2 * buckets - 1)
 
-    rows = scale * _wide(query) @ _wide(key_table).transpose(-1, -2)
-    cols = scale * _query_heads(query, key) @ _wide(query_table).transpose(-1, -2)
-    return RowTable(rows, entry) + ColTable(cols, entry)
+    rows = RowProduct(scale * _wide(query), _wide(key_table), entry)
+    return rows + ColProduct(scale * _query_heads(query, key), _wide(query_table), entry)
 
 
-def distance_bank(weights: Tensor, bank: Tensor) -> RowTable:
+def distance_bank(weights: Tensor, bank: Tensor) -> RowProduct:
     """A row-projected bank of distance curves (x-transformers): b = sum_r weights[i, r] bank[r, I - j] for 0 <= I - j < M, else 0.
 
     Args:
@@ -1599,7 +1710,7 @@ def distance_bank(weights: Tensor, bank: Tensor) -> RowTable:
     >>> fastpe.attention(q, q, q, bias=b, is_causal=True).shape
     torch.Size([1, 2, 6, 8])
     """
-    return RowTable(_wide(weights) @ _wide(bank), _causal_entry(bank.shape[1]))
+    return RowProduct(_wide(weights), _wide(bank).T, _causal_entry(bank.shape[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -197,6 +197,98 @@ class FireBias(torch.nn.Module):
         return bias.Fire.from_mlp(self.mlp, self.c, threshold, eps=self.eps, positions=positions, max_distance=max_distance)
 
 
+class RelativeBias(torch.nn.Module):
+    """A learned function of the distance: a table, or a network of the logarithm of the distance.
+
+    The network is Linear(1, width), ReLU, Linear(width, heads) of sign(d) log(1 + |d|), d = I - j, with torch's default
+    initialisation: the log-spaced continuous bias of Swin v2 (arXiv 2111.09883) along one axis. It knows no largest distance.
+
+    Args:
+        heads: number of query heads.
+        max_distance: entries to either side of a table drawn from N(0, std); beyond, the last one holds. Either this or width.
+        width: of the network.
+        causal: the table has no entries for keys after the query.
+        std: 0.02, as usual for embeddings.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 4, 6, 8)
+    >>> table, network = fastpe.nn.RelativeBias(4, max_distance=16), fastpe.nn.RelativeBias(4, width=32)
+    >>> table.table.shape, fastpe.attention(q, q, q, bias=network()).shape
+    (torch.Size([4, 33]), torch.Size([1, 4, 6, 8]))
+    """
+
+    def __init__(
+        self, heads: int, *, max_distance: int | None = None, width: int | None = None, causal: bool = False, std: float = 0.02
+    ):
+        super().__init__()
+        where = "fastpe.nn.RelativeBias"
+        _heads(where, heads)
+        if (max_distance is None) == (width is None):
+            raise ValueError(f"{where}: give either max_distance, for a table, or width, for a network")
+        self.causal, self.std = causal, _check.number(where, "std", std, positive=True)
+        self.table = self.mlp = None
+        if width is not None:
+            if causal:
+                raise ValueError(f"{where}: causal describes a table; a network sees the distances that occur")
+            _check.count(where, "width", width, 1)
+            self.mlp = torch.nn.Sequential(torch.nn.Linear(1, width), torch.nn.ReLU(), torch.nn.Linear(width, heads))
+        else:
+            _check.count(where, "max_distance", max_distance, 1)
+            self.table = torch.nn.Parameter(torch.empty(heads, max_distance + 1 if causal else 2 * max_distance + 1))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.table is not None:
+            torch.nn.init.normal_(self.table, 0.0, self.std)
+        else:
+            for layer in (self.mlp[0], self.mlp[2]):
+                layer.reset_parameters()
+
+    def forward(self, x: Tensor | None = None) -> bias.RelativeTable:
+        """The bias; x is not looked at."""
+        if self.table is not None:
+            return bias.RelativeTable(self.table, self.causal)
+
+        def of_distance(d: Tensor) -> Tensor:
+            d = d.to(self.mlp[0].weight.dtype)
+            return self.mlp((d.sign() * torch.log1p(d.abs()))[:, None]).T
+
+        return bias.RelativeTable(of_distance)
+
+
+class HeadScale(torch.nn.Module):
+    """A learned temperature of each head, arXiv 2404.12224, for the `head_scale` of `fastpe.attention`.
+
+    The paper trains these numbers alone, a few hundred steps at the new length, and keeps them at 1 or more, as every
+    forward does here, outside autograd.
+
+    Args:
+        heads: number of query heads; 1 for the paper's UniformScale.
+        init: 1.6, as in the released code.
+
+    >>> import torch, fastpe
+    >>> q = torch.randn(1, 4, 6, 8)
+    >>> m = fastpe.nn.HeadScale(4)
+    >>> fastpe.attention(q, q, q, head_scale=m(), is_causal=True).sum().backward(); m.scale.grad.shape
+    torch.Size([4])
+    """
+
+    def __init__(self, heads: int, *, init: float = 1.6):
+        super().__init__()
+        where = "fastpe.nn.HeadScale"
+        self.init = _check.number(where, "init", init, positive=True)
+        self.scale = torch.nn.Parameter(torch.full((_heads(where, heads),), self.init))
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.constant_(self.scale, self.init)
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        """The scales (heads,); x is not looked at."""
+        with torch.no_grad():
+            self.scale.clamp_(min=1.0)
+        return self.scale
+
+
 class SandwichBias(torch.nn.Module):
     """Sandwich (arXiv 2212.10356) with the published per-head factors; nothing is learned.
 

@@ -29,6 +29,10 @@ NEEDS = {
     "bias_dense": 8192,
     "bias_factor": 16384,
     "bias_pairs": 32768,
+    "bias_row_q": 65536,
+    "bias_row_e": 131072,
+    "bias_col_k": 262144,
+    "bias_col_e": 524288,
 }
 
 # attn_fwd's arguments, in order.
@@ -39,7 +43,8 @@ _ARGS = (
     "row_scale", "sink", "scale", "softcap", "softcap_mul", "skip_eps",
     "bias_pieces", "bias_omega", "bias_rows", "bias_cols", "bias_index", "bias_dense", "softcap_bias",
     "bias_factor", "bias_pairs", "bias_q_seg", "bias_k_seg", "intervals", "lower", "q_seg", "k_seg", "relation",
-    "block_map", "block_q", "block_k", "region_kind", "region_size", "keep_residual",
+    "block_map", "block_q", "block_k", "region_kind", "region_size",
+    "bias_row_q", "bias_row_e", "bias_col_k", "bias_col_e", "keep_residual",
 )  # fmt: skip
 _PLAIN = (
     "rope_layout", "bias_form", "left", "right", "sinks", "scale", "softcap", "softcap_mul", "skip_eps", "softcap_bias", "block_q", "block_k",

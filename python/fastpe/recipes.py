@@ -1374,3 +1374,42 @@ def mesa_extrapolation(
     return attention(
         query, key, value, rope=rope, positions=p[Nk - Nq :], key_positions=p, row_scale=rows, is_causal=True, return_lse=return_lse
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Last queries of their own
+
+
+def positional_hidden(
+    query: Tensor, key: Tensor, value: Tensor, scaled_query: Tensor, scaled_key: Tensor, *, rows: int = 1, **call
+) -> Tensor:
+    """Scaling one hidden channel against position bias, arXiv 2406.02536: the last queries see keys made from other states.
+
+    In the chosen layers the paper multiplies one channel of the hidden states by a factor (channel 2393, factor -1 in layers
+    10 to 25 of Llama-2-7B) before the projections of query and key, and uses those for the last `rows` queries only.
+
+    Args:
+        query, key, value: of the plain hidden states, causal.
+        scaled_query, scaled_key: of the scaled ones, the same shapes. Decoding takes scaled_key alone.
+        rows: 1 in the released code (`last_recompute_tokens`).
+        call: further arguments of `fastpe.attention` that fit both parts, such as rope or scale.
+
+    Returns:
+        out, (B, H, Nq, Dv).
+
+    >>> import torch, fastpe
+    >>> q, k, v, q2, k2 = (torch.randn(1, 2, 9, 8) for _ in range(5))
+    >>> out = fastpe.recipes.positional_hidden(q, k, v, q2, k2, rope=fastpe.rope.default(8))
+    >>> torch.allclose(out[:, :, :8], fastpe.attention(q, k, v, rope=fastpe.rope.default(8), is_causal=True)[:, :, :8], atol=1e-6)
+    True
+    """
+    where = "fastpe.recipes.positional_hidden"
+    _check.count(where, "rows", rows, 1)
+    if rows > query.shape[2]:
+        raise ValueError(f"{where}: rows must be at most the {query.shape[2]} queries, got {rows}")
+    for what, x, like in (("scaled_query", scaled_query, query), ("scaled_key", scaled_key, key)):
+        if x.shape != like.shape:
+            raise ValueError(f"{where}: {what} must be {_check.shape(like)}, got {_check.shape(x)}")
+    first = attention(query[:, :, :-rows], key[:, :, :-rows], value[:, :, :-rows], is_causal=True, **call)
+    last = attention(scaled_query[:, :, -rows:], scaled_key, value, is_causal=True, **call)
+    return torch.cat([first, last], 2)

@@ -48,7 +48,7 @@ def test_grid_needs():
         bias.relative_grid(torch.zeros(1, 3, 27), torch.cartesian_prod(torch.arange(5), torch.arange(14)))
 
 
-@pytest.mark.parametrize("name", ["dense", "dense_heads", "dense_batch", "dense_shared", "dense_by_key", "rows_cols", "fire", "table_positions"])
+@pytest.mark.parametrize("name", ["dense", "dense_heads", "dense_batch", "dense_shared", "dense_by_key", "rows_cols", "products", "product_clipped", "fire", "table_positions", "forget_both_sides"])
 def test_gradients_do_not_depend_on_threads(name, isa):
     case = Case(B=2, H=4, Hk=2, Nq=150, Nk=150, bias=name, causal=True, seed=5)
     before = torch.get_num_threads()

@@ -48,7 +48,7 @@ def test_plain(causal, dtype, isa):
             agree(made, want(*wide, rows=rows, row_weights=weights, **wide_kwargs), dtype, "weighted")
 
 
-@pytest.mark.parametrize("name", sorted(BIASES))
+@pytest.mark.parametrize("name", [*sorted(BIASES), "products"])
 def test_every_bias(name):
     case = Case(Nq=70, Nk=70, bias=name, causal="causal" in name, mask="window_sinks", rope="interleaved")
     for dtype in (torch.float64, torch.float32):

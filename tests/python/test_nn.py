@@ -108,3 +108,66 @@ def test_every_parameter_learns(make, dtype):
     assert x.grad.dtype == dtype and x.grad.any()
     for name, p in m.named_parameters():
         assert p.grad is not None and p.grad.any() and torch.isfinite(p.grad).all(), name
+
+
+def test_weighted_kerple():
+    torch.manual_seed(0)
+    m = nn.KerpleBias(4000, kind="power", weighted=True)
+    for p, top in ((m.p, 2.0), (m.a, 1.0), (m.weight_p, 2.0), (m.weight_a, 1.0)):
+        assert 0 <= p.min() and p.max() < top and abs(p.mean() - top / 2) < 0.05
+    with torch.no_grad():
+        m.weight_p[0], m.weight_p[1], m.weight_a[0] = 9.0, -1.0, -1.0
+    b = m()
+    assert (b.weight_p[0], b.weight_p[1], b.weight_a[0]) == (2.0, torch.tensor(0.01), torch.tensor(0.01))
+
+
+def test_fire_starts_as_the_paper_says():
+    torch.manual_seed(0)
+    m = nn.FireBias(HEADS)
+    torch.manual_seed(0)
+    want = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.ReLU(), torch.nn.Linear(32, HEADS))
+    assert all(torch.equal(a, b) for a, b in zip(m.mlp.parameters(), want.parameters(), strict=True))
+    assert m.c == torch.tensor(0.1) and m.L_mult == 1.0 and m.L == 512.0 and m.eps == 1e-6
+    b = m()
+    assert b.L == 512.0 and b.L.requires_grad and b.c is m.c
+
+
+def test_cope_starts_at_zero():
+    m = nn.CopeBias(8, 5, separate_keys=True, d_model=16, kv_heads=2)
+    assert not m.table.any() and m.gate.bias is None
+    q, k, x = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 12, 16)
+    # A table of zeros is no bias, and its gradient is not zero.
+    torch.testing.assert_close(fastpe.attention(q, k, k, bias=m(x), is_causal=True), fastpe.attention(q, k, k, is_causal=True))
+    fastpe.attention(q, k, k, bias=m(x), is_causal=True).square().sum().backward()
+    assert m.table.grad.any()
+
+
+def test_sandwich_has_the_published_factors():
+    m = nn.SandwichBias(HEADS)
+    torch.testing.assert_close(m.factors, torch.tensor([HEADS / (8 * (h + 1)) for h in range(HEADS)], dtype=torch.float64))
+    assert list(m.parameters()) == []
+
+
+@pytest.mark.parametrize("make", [lambda: nn.RelativeBias(2, max_distance=9), lambda: nn.RelativeBias(2, max_distance=9, causal=True), lambda: nn.RelativeBias(2, width=16)])
+def test_relative(make):
+    m = make()
+    if m.table is not None:
+        assert m.table.shape == (2, 10 if m.causal else 19) and abs(nn.RelativeBias(64, max_distance=200).table.std() - 0.02) < 0.001
+    q = torch.randn(1, 2, 30, 8)
+    out, want = (f(q, q, q, bias=m(), is_causal=True) for f in (fastpe.attention, fastpe.reference.attention))
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    assert all(p.grad.any() for p in m.parameters())
+    with pytest.raises(ValueError, match="give either max_distance, for a table, or width, for a network"):
+        nn.RelativeBias(2)
+
+
+def test_head_scale():
+    m = nn.HeadScale(2)
+    assert (m.scale == 1.6).all()
+    with torch.no_grad():
+        m.scale[0] = 0.3
+    q = torch.randn(1, 2, 30, 8)
+    out = fastpe.attention(q, q, q, head_scale=m(), is_causal=True)
+    assert m.scale.tolist() == pytest.approx([1.0, 1.6])
+    torch.testing.assert_close(out.double(), fastpe.reference.attention(q, q, q, head_scale=m.scale.detach(), is_causal=True), rtol=1e-5, atol=1e-5)

@@ -171,3 +171,18 @@ def test_gali_positions_are_exact():
     assert steps == 3 and p[-1] == 399_999
     assert (torch.diff(p) > 0).all()
     assert torch.equal((-(-numerators // steps))[:7], torch.tensor([0, 1, 1, 1, 2, 2, 2]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_positional_hidden(rows):
+    """Row by row against one softmax over the keys that row uses."""
+    g = torch.Generator().manual_seed(0)
+    q, q2 = (torch.randn(1, 4, 11, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    k, k2, v = (torch.randn(1, 2, 13, 8, generator=g, dtype=torch.float64) for _ in range(3))
+    out = fastpe.recipes.positional_hidden(q, k, v, q2, k2, rows=rows, scale=0.4)
+    for i in range(11):
+        last = i >= 11 - rows
+        s = 0.4 * (q2 if last else q)[:, :, i : i + 1] @ (k2 if last else k).repeat_interleave(2, 1).mT[..., : i + 3]
+        torch.testing.assert_close(out[:, :, i : i + 1], s.softmax(-1) @ v.repeat_interleave(2, 1)[:, :, : i + 3])
+    with pytest.raises(ValueError, match="rows must be at most the 11 queries, got 12"):
+        fastpe.recipes.positional_hidden(q, k, v, q2, k2, rows=12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -29,7 +31,21 @@ BIASES = {
     "cable": lambda: bias.Cable(-torch.full((1, 2, N), 0.3)),
     "forget": lambda: bias.Forget(torch.full((1, 2, N), -0.2)),
     "t5_falling": lambda: bias.RelativeTable(-torch.arange(N).float()[None].expand(2, N) * 0.2, causal=True),
+    "k_cable": lambda: bias.KernelCable(torch.full((1, 2, N), -1.0), torch.full((1, 2, N), 12.0)),
+    "sandwich": lambda: bias.Sandwich(torch.tensor([2.0, 1.5]), dim=128),
+    "fire": lambda: falling_fire(),
+    "fire_positions": lambda: falling_fire(positions=3 * torch.arange(N)),
+    "table_positions": lambda: bias.RelativeTable(-0.2 * torch.arange(N).float()[None], True, positions=torch.arange(N)),
+    "alibi_positions": lambda: bias.Alibi(torch.tensor([0.5, 0.25]), positions=torch.arange(N).double()),
+    "kerple_weighted": lambda: bias.Kerple(*(torch.tensor(x) for x in ([1.0, 0.7], [0.5, 0.9])), "power", *(torch.tensor([0.1, 0.2]) for _ in range(2))),
 }
+
+
+def falling_fire(**kwargs):
+    """A network that falls by 60 over the normalised distance, with a kink halfway."""
+    w1, b1 = torch.tensor([1.0, 1.0]), torch.tensor([0.0, -0.5])
+    w2 = torch.tensor([[-60.0, -40.0], [-80.0, -20.0]])
+    return bias.Fire(w1, b1, w2, torch.zeros(2), torch.tensor(1.0), 64.0, **kwargs)
 
 
 @pytest.mark.parametrize("name", BIASES)
@@ -93,6 +109,90 @@ def test_parameter_gradients_within_the_bound(name):
 
     for a, b in zip(gradient(None), gradient(0.0), strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("score", [{"softcap": 20.0}, {"temperature": 0.5}, {"softcap": 100.0, "softcap_includes_bias": True}], ids=str)
+def test_composed_scores_are_skipped(score, isa):
+    kwargs = {"bias": bias.Alibi(torch.tensor([0.5, 0.25])), **score}
+    full_out, full_lse, full_grads, full = run(kwargs, 0.0)
+    out, lse, grads, stats = run(kwargs, 2.0**-24)
+    assert 0 < stats.decayed and stats.share > 0.2 and stats.visited < 0.8 * full.visited
+    assert (out - full_out).abs().max() < 1e-5 and (lse - full_lse).abs().max() < 1e-5
+    for a, b in zip(grads, full_grads):
+        assert (a - b).abs().max() < 1e-5 * (1 + b.abs().max())
+
+
+def test_both_sides_are_skipped(isa):
+    """Gates of their own for each side, no causality."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, N, 16, generator=g) for _ in range(3))
+    b = bias.Forget(torch.full((1, 2, N), -0.2), future_log_gates=torch.full((1, 2, N), -0.4))
+    with fastpe.config.skip_bound(0.0):
+        want = fastpe.attention(q, k, v, bias=b)
+    with fastpe.tile_stats() as stats:
+        out = fastpe.attention(q, k, v, bias=b)
+    assert stats.share > 0.5 and (out - want).abs().max() < 1e-5
+
+
+ADVERSARIES = {name: BIASES[name] for name in ("alibi", "kerple_power", "cable", "sandwich", "fire", "table_positions", "kerple_weighted")}
+MASKS = {
+    "none": lambda: None,
+    "documents": lambda: mask.documents(cu_seqlens=torch.tensor([0, 300, 1111, N])),
+    "window": lambda: mask.window(1500) & mask.sinks(70),
+}
+
+
+def adversary(make, seed):
+    """Queries of one direction and keys along it, every far tile just about as large as its bias lets it matter: half of
+    them too small to be computed, half of them too large to be left out. H = 4 heads share 2 of keys."""
+    g = torch.Generator().manual_seed(seed)
+    d = torch.arange(N, dtype=torch.float64)
+    call = bias.Call(1, 2, N, N, True, torch.float64, torch.device("cpu"))
+    fall = make().materialize(call)[0, :, -1].flip(-1)  # (2, N) by distance from the last row
+    direction = torch.nn.functional.normalize(torch.randn(16, dtype=torch.float64, generator=g), dim=0)
+    q = direction.expand(1, 4, N, 16) * 4.0
+    need = (fall[:, :1] - fall).flip(-1) - 9.0 + 6.0 * torch.rand(2, N // 64, dtype=torch.float64, generator=g).repeat_interleave(64, -1)
+    need = torch.where(d < N - 128, need, 0.0).clamp(-60.0, 60.0)  # the score 16 channels and scale 1 / 4 must give
+    k = direction * need[None, :, :, None]
+    return q, k, torch.randn(1, 2, N, 16, dtype=torch.float64, generator=g)
+
+
+def of_four_heads(b, call_heads=4):
+    """The bias of 2 heads given to 4: head h takes that of h // 2, as its keys."""
+    fields = {}
+    for f in dataclasses.fields(b):
+        x = getattr(b, f.name)
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            axis = next((a for a, n in enumerate(x.shape) if n == 2 and f.name not in ("w1", "b1")), None)
+            fields[f.name] = x if axis is None else x.repeat_interleave(2, axis)
+    return dataclasses.replace(b, **fields)
+
+
+@pytest.mark.parametrize("hide", MASKS)
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_bound_against_an_adversary(name, hide):
+    """Forward: no row loses more than the bound. Backward: no gradient moves by more than a few times that."""
+    bound = 1e-3
+    made = ADVERSARIES[name]
+    q, k, v = adversary(made, seed=len(name))
+    b = of_four_heads(made())
+
+    def both(eps):
+        x = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        with fastpe.config.skip_bound(eps), fastpe.tile_stats() as stats:
+            out, lse = fastpe.attention(*x, bias=b, mask=MASKS[hide](), is_causal=True, return_lse=True)
+        with fastpe.config.skip_bound(eps), fastpe.tile_stats() as back:
+            out.sin().sum().backward()
+        return out.detach(), lse.detach(), [t.grad for t in x], stats, back
+
+    want, lse, grads, _, _ = both(0.0)
+    got, less, moved, stats, back = both(bound)
+    assert stats.decayed > 0 and back.decayed > 0 and stats.visited > 0, "nothing to doubt"
+    lost = 1 - torch.exp(less - lse)
+    assert -1e-12 < lost.min() and lost.max() <= bound, lost.max()
+    assert (got - want).abs().max() <= 2 * bound * v.abs().max()
+    for what, a, e in zip("qkv", moved, grads):
+        assert (a - e).abs().max() <= 4 * bound * e.abs().max(), what
 
 
 def test_hidden_tiles_are_not_touched():

@@ -211,6 +211,21 @@ def _rows_clipped(d: _Draw):
     return biases.RowTable(rows, lambda r: torch.where(r < 0, -1, (r // 5).clamp(max=2))) + biases.Alibi(c.H)
 
 
+def _products(d: _Draw):
+    """Unclipped rows with one table, clipped columns with a table of each head."""
+    c = d.case
+    many = 2 * max(c.Nq, c.Nk, 1) - 1
+    rows = biases.RowProduct(0.3 * d.leaf("row_q", d.normal(c.B, c.H, c.Nq, 12)), d.leaf("row_e", d.normal(many, 12)))
+    return rows + biases.ColProduct(0.3 * d.leaf("col_k", d.normal(1, c.H, c.Nk, 12)), d.leaf("col_e", d.normal(c.H, many, 12)))
+
+
+def _product_clipped(d: _Draw):
+    c = d.case
+    table = d.leaf("col_e", d.normal(c.H, 3, 8))
+    index = lambda r: torch.where(r < 0, -1, (r // 50).clamp(max=2))  # noqa: E731
+    return biases.ColProduct(0.3 * d.leaf("col_k", d.normal(c.B, 1, c.Nk, 8)), table, index) + biases.Alibi(c.H)
+
+
 def _fire(random: bool):
     def make(d: _Draw):
         c = d.case
@@ -306,6 +321,8 @@ BIASES: dict[str, Callable[[_Draw], biases.Bias | None]] = {
 }
 # What the CUDA kernels do not have.
 LONG_BIASES: dict[str, Callable[[_Draw], biases.Bias]] = {
+    "products": _products,
+    "product_clipped": _product_clipped,
     "segment_pairs": _segment_pairs("factor", "bias"),
     "segment_factor": _segment_pairs("factor"),
     "segment_pairs_and_kerple": lambda d: BIASES["kerple_weighted"](d) + _segment_pairs("factor", "bias")(d),
