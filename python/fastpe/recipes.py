@@ -375,7 +375,7 @@ def ccm_merge(key: Tensor, value: Tensor, marks: Tensor, sums: Tensor) -> tuple[
     j = torch.arange(n, device=device)
     place = places.compressed(marks.long() + 2 * sums.long()) - torch.where(marks | sums, 0, j)
     place = place - ((~(marks | sums)).long().cumsum(-1) - 1)  # 1, 2, ... inside a run
-    if bool((place[sums].bincount() != place[marks].bincount()).any() if marks.any() else sums.any()):
+    if not torch.equal(place[sums].bincount(), place[marks].bincount()):
         raise ValueError("fastpe.recipes.ccm_merge: every run of sums must be as long as the run of marks before it")
     pick = marks[None, :] & sums[:, None] & (place[:, None] == place[None, :]) & (j[None, :] < j[:, None])
     mean = pick.double() / pick.sum(-1, keepdim=True).clamp(min=1)
@@ -731,7 +731,7 @@ def loki_select(query: Tensor, key: Tensor, basis: Tensor, r: int, k: int) -> tu
     Nq, Nk = query.shape[2], key.shape[2]
     rows = max(1, _GATHER // max(1, q.shape[0] * q.shape[1] * Nk))
     j, chosen = torch.arange(Nk, device=q.device), []
-    for i in range(0, Nq, rows):
+    for i in range(0, max(Nq, 1), rows):
         row = torch.arange(i, min(i + rows, Nq), device=q.device)[:, None] + (Nk - Nq)
         chosen.append(top(q[:, :, i : i + rows] @ k_.mT, k, j <= row))
     return tuple(torch.cat(x, 2) for x in zip(*chosen))

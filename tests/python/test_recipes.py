@@ -134,6 +134,11 @@ def test_h2o_and_snapkv():
     assert kept[..., -8:].all() and (kept.sum(-1) == 14).all()
     assert (mass[..., :32][kept[..., :32]].reshape(2, 6).amin(-1) >= mass[..., :32].masked_fill(kept[..., :32], 0)[0].amax(-1)).all()
     scores = p[:, :, -8:, :32].mean(2)
+    lse = fastpe.attention(q, k, v, is_causal=True, return_lse=True)[1]
+    torch.testing.assert_close(recipes.snapkv_scores(q, k, lse, 8, is_causal=True), scores)
+    visible = torch.arange(32, 40, dtype=torch.float64)[:, None]
+    finch = recipes.finch_scores(q, k, lse, 8, is_causal=True)
+    torch.testing.assert_close(finch, (p[:, :, -8:, :32] * visible).mean(2))
     pooled = torch.nn.functional.avg_pool1d(scores, 5, 1, 2)
     chosen = recipes.snapkv_keep(scores, 7)
     assert (chosen[..., 1:] > chosen[..., :-1]).all()
@@ -186,3 +191,28 @@ def test_positional_hidden(rows):
         torch.testing.assert_close(out[:, :, i : i + 1], s.softmax(-1) @ v.repeat_interleave(2, 1)[:, :, : i + 3])
     with pytest.raises(ValueError, match="rows must be at most the 11 queries, got 12"):
         fastpe.recipes.positional_hidden(q, k, v, q2, k2, rows=12)
+
+
+def test_bad_input():
+    q, k = torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16)
+    marks, sums = torch.arange(10) == 3, torch.zeros(10, dtype=torch.bool)
+    for call, error, message in (
+        (lambda: recipes.ape(q, k, k, 4, [5, 6], rope=ROPE), ValueError, "prefix and contexts have 15 tokens, the call has 10 keys"),
+        (lambda: recipes.ape(q, k, k, 1, [2], rope=ROPE, weight="both"), ValueError, "weight must be one of 'code', 'paper', got 'both'"),
+        (lambda: recipes.superposition(q, k, k, 1, [2, 2], 1, rope=ROPE, log_weights=torch.zeros(3)), ValueError, r"log_weights must be \(2,\)"),
+        (lambda: recipes.ccm_merge(k, k, marks, sums), ValueError, "every run of sums must be as long as the run of marks before it"),
+        (lambda: recipes.longheads(q, k, k, rope=ROPE, chunk=4, length=14), ValueError, "length must be a multiple of chunk 4, got 14"),
+        (lambda: recipes.longheads(q[:, :, -1:], k, k, rope=ROPE, chunk=2, length=6), ValueError, "chunk_keys are needed with 1 queries and 10 keys"),
+        (lambda: recipes.a2ats(q, k, k, torch.randn(2, 4, 16), rope=ROPE), ValueError, "query must be one row, got 10"),
+        (lambda: recipes.hyper(q, k, k, block=4, min_length=1), ValueError, "block 4 must divide the 10 queries and 10 keys"),
+        (lambda: recipes.hyper(q[:, :1], k, k), ValueError, "must agree in batch, heads and tokens"),
+        (lambda: recipes.memlong(q, k, k, k, k, rope=ROPE, kind="ring"), ValueError, "kind must be one of 'zero', 'continual', got 'ring'"),
+        (lambda: recipes.entmax_first(q, 0.5), ValueError, "alpha must be at least 1, got 0.5"),
+        (lambda: recipes.snapkv_keep(q, 3, kernel=4), ValueError, "kernel must be odd, got 4"),
+        (lambda: recipes.prompt_cache(q, k, k, [0], [3], rope=ROPE), ValueError, "3 cached and 10 new tokens, the call has 10 keys"),
+        (lambda: recipes.mesa_extrapolation(q, k, k, rope=ROPE, chunk=4), ValueError, "10 queries, the unfinished chunk has 1 tokens"),
+        (lambda: recipes.gali(q, k, k, rope=ROPE, train_length=100), ValueError, "train_length must be at least 129, got 100"),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert str(caught.value).startswith("fastpe.")
