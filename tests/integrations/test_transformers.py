@@ -267,7 +267,7 @@ def test_fullgraph():
     grads = []
     for how in ("eager", "fastpe"):
         model.set_attn_implementation(how)
-        call = model if how == "eager" else torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        call = model if how == "eager" else torch.compile(model, fullgraph=True, backend="aot_eager")
         model.zero_grad()
         logits = call(**given).logits[real]
         logits.square().mean().backward()

@@ -66,10 +66,10 @@ def _first(visible: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps
 
 
 def _runs(function: Callable, batch: int, rows: int, first_row: int | Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """First visible row and first row after the visible ones of every key, (B|1, Nk), by bisection from its own row.
+    """First visible row and first row after the visible ones of every key, (B|1, Nk).
 
-    The mask functions are evaluated element by element, so any that `_is_run` accepts will do, traced or not, at
-    Nk log2(rows) evaluations.
+    By bisection from the key's own row: the mask functions are evaluated element by element, Nk log2(rows) times. While tracing,
+    by a reduction over all rows, which the compiler fuses with what it reduces: an unrolled bisection takes it minutes.
     """
     if function is _CAUSAL:
         return (keys - first_row).clamp(min=0, max=rows)[None], torch.full_like(keys, rows)[None]
@@ -82,9 +82,14 @@ def _runs(function: Callable, batch: int, rows: int, first_row: int | Tensor, ke
     def visible(row: Tensor) -> Tensor:
         return function(at, head, row + first_row, k)
 
+    if torch.compiler.is_compiling():
+        row = torch.arange(rows, device=keys.device).view(1, 1, -1, 1)
+        seen = visible(row)
+        first, after = torch.where(seen, row, rows).amin(2), torch.where(seen, row + 1, 0).amax(2)
+        return torch.where(after > 0, first, 0)[:, 0], after[:, 0]
     own = (k - first_row).clamp(min=0, max=rows - 1)
     seen = visible(own)
-    steps = rows.bit_length() if isinstance(rows, int) else 32
+    steps = rows.bit_length()
     first = _first(visible, torch.zeros_like(own), own, steps)
     # The same search upwards, on negated rows.
     last = -_first(lambda row: visible(-row), torch.full_like(own, 1 - rows), -own, steps)
