@@ -17,6 +17,11 @@ BOTH = dataclasses.replace(SMALL, causal=False, mask="window_both")
 CASES = (
     [dataclasses.replace(SMALL, bias=b) for b in (*cases.BIASES, *cases.LONG_BIASES)]
     + [dataclasses.replace(BOTH, bias=b) for b in (*cases.BIASES, *cases.LONG_BIASES)]
+    + [
+        dataclasses.replace(SMALL, bias=b, rope="half", mask=m, score=("sink",), Nk=9)
+        for b in (*cases.BIASES, *cases.LONG_BIASES)
+        for m in ("window", "documents")
+    ]
     + [dataclasses.replace(SMALL, bias="alibi", score=(s,)) for s in cases.SCORE]
     + [dataclasses.replace(SMALL, bias="cable", score=("head_scale", "row_scale", "softcap", "temperature", "sink"))]
     + [dataclasses.replace(SMALL, bias="t5", score=("temperature",), rope=r) for r in cases.ROPES]
