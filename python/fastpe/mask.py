@@ -881,7 +881,7 @@ def anchor(ids: Tensor) -> Mask:
         return Mask(right=1)
     new, sorted_ids = _starts(x), x.sort(-1).values
     if bool((new.sum(-1) == _starts(sorted_ids).sum(-1)).all()):  # as many pieces as documents
-        end = torch.where(x == 0, _END, _next(new, n))
+        end = torch.where(x == 0, _END, _next(new))
         zero = torch.zeros_like(end)
         return Mask(right=1, intervals=(_Intervals(where, torch.stack((zero, end, zero, zero), 1)),))
     size = 1 + int(x.max())
@@ -897,10 +897,10 @@ def _starts(ids: Tensor) -> Tensor:
     return new
 
 
-def _next(marks: Tensor, n: int) -> Tensor:
-    """The first marked index after each token, n where there is none; (B, N)."""
-    at = torch.where(marks, torch.arange(marks.shape[-1], device=marks.device), n)
-    after = torch.nn.functional.pad(at[..., 1:], (0, 1), value=n)
+def _next(marks: Tensor) -> Tensor:
+    """The first marked index after each token, _END where there is none; (B, N)."""
+    at = torch.where(marks, torch.arange(marks.shape[-1], device=marks.device), _END)
+    after = torch.nn.functional.pad(at[..., 1:], (0, 1), value=_END)
     return after.flip(-1).cummin(-1).values.flip(-1)
 
 
@@ -937,12 +937,12 @@ def sentinel(opens: Tensor, closes: Tensor) -> Mask:
     if depth.numel() and _check.can_read(depth) and (int(depth.min()) < 0 or int(depth.max()) > 1 or bool((opens & closes).any())):
         raise ValueError(f"{where}: opening and closing tokens must alternate, opening first")
     j = torch.arange(n, device=opens.device).expand_as(depth)
-    close = _next(closes, n)
+    close = _next(closes)
     inside = (depth == 1) & ~opens
     end = torch.where(opens, j + 1, torch.where(inside, close + 1, _END))
     # The closing row sees the opening key too.
     start2 = torch.where(opens, close, 0)
-    end2 = torch.where(opens & (close < n), close + 1, 0)
+    end2 = torch.where(opens & (close < _END), close + 1, 0)
     opened = torch.where(opens, j, 0).cummax(-1).values
     lower = torch.where(opens, j, torch.where(closes, opened, 0))
     bounds = torch.stack((torch.zeros_like(end), end, start2, end2), 1)
@@ -987,8 +987,7 @@ def compressed(marks: Tensor, kind: str = "concat", sums: Tensor | None = None) 
         return _compressed_merge(where, marks, _marks(where, "sums", sums))
     after = torch.zeros_like(marks)  # the first token of every segment but the first
     after[:, 1:] = marks[:, :-1] & ~marks[:, 1:]
-    next_start = _next(after, n)
-    end = torch.where(next_start == n, _END, next_start)
+    end = _next(after)
     start2, end2 = torch.zeros_like(end), torch.zeros_like(end)
     if kind == "concat":
         last = torch.where(marks, torch.arange(1, n + 1, device=marks.device), 0).amax(-1, keepdim=True)
@@ -999,7 +998,7 @@ def compressed(marks: Tensor, kind: str = "concat", sums: Tensor | None = None) 
     else:
         # The end of the next segment, for which the sequence without a next one is followed by one that never ends.
         ends = torch.nn.functional.pad(end, (0, 1), value=_END)
-        end = torch.where(marks, ends.gather(-1, next_start), end)
+        end = torch.where(marks, ends.gather(-1, end.clamp(max=n)), end)
     bounds = torch.stack((torch.zeros_like(end), end, start2, end2), 1)
     return Mask(right=1, intervals=(_Intervals(where, bounds),))
 

@@ -204,6 +204,34 @@ def test_compressed_by_its_words():
                     assert bool(want[i, j]) == rule, (kind, i, j)
 
 
+COMPILED = {
+    "parallel": lambda n: mask.parallel(2, [5, 9]),
+    "intervals": lambda n: mask.intervals(torch.arange(n), torch.arange(n) + 4),
+    "segments": lambda n: mask.segments(torch.eye(3).bool(), torch.arange(n) % 3),
+    "sentinel": lambda n: mask.sentinel(torch.arange(n) % 10 == 1, torch.arange(n) % 10 == 5),
+    "recur": lambda n: mask.compressed(torch.arange(n) % 10 == 5, "recur"),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_lengths_do_not_recompile(name):
+    torch._dynamo.reset()
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph
+
+    def f(q):
+        return fastpe.attention(q, q, q, mask=COMPILED[name](q.shape[2]))
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    for n in (40, 70, 100):
+        q = torch.randn(1, 2, n, 16)
+        torch.testing.assert_close(compiled(q), f(q), rtol=1e-5, atol=1e-5)
+    assert len(made) == 1
+
+
 def n_(x):
     return torch.tensor(x)
 
