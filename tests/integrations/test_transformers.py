@@ -80,6 +80,21 @@ def test_packed_sequences(name):
             F.close(model(**given).logits[:, 9:], eager(input_ids=F.tokens(batch=1)[:, 9:], use_cache=False).logits)
 
 
+def test_images():
+    """Three-axis positions and the attention of the vision tower."""
+    model, eager = fast("qwen2_vl"), F.eager("qwen2_vl")
+    ids = F.tokens(batch=1)
+    ids[0, 3], ids[0, 4:8], ids[0, 8] = 82, 80, 83
+    patches = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": (ids == 80).long()}
+    with torch.no_grad():
+        want = eager(**given).logits
+        with hf.count_calls(model) as calls:
+            F.close(model(**given).logits, want)
+        assert calls.by_class == {"VisionAttention": 1, "Qwen2VLAttention": 2}
+        F.close(hf.patch(model, rope="op")(**given).logits, want)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients
 
