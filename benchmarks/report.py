@@ -180,7 +180,7 @@ def _lines(cases: dict[str, dict], key: str, label: str):
         ax.grid(True, color="#dddddd", linewidth=0.7)
     axes[0].set_ylabel(label)
     order = [c for c in COLOURS if c in named]
-    figure.legend([named[c] for c in order], [LABELS[c] for c in order], loc="outside lower center", ncols=len(order), fontsize=9)
+    figure.legend([named[c] for c in order], [LABELS[c] for c in order], loc="outside lower center", ncols=2 * len(which), fontsize=9)
     return figure
 
 

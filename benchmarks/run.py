@@ -242,14 +242,19 @@ def run(cases: dict[Case, frozenset[str]], options: dict, out: pathlib.Path, dev
     done = dict(before)
     quiet = {"mininterval": 0.3 if sys.stderr.isatty() else 20.0, "dynamic_ncols": True}
     form = "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left {desc}"
+
+    def save() -> None:
+        payload["cases"] = list(done.values())
+        if name == "targets":
+            payload["targets"] = promised.evaluate(promised.cpu() if device == "cpu" else promised.cuda(), done)
+        write_json(out, payload)
+
+    save()
     with tqdm(total=sum(effort.values()), bar_format=form, smoothing=0.1, **quiet) as bar:
         for c, wanted in cases.items():
             bar.set_description_str(c.name, refresh=False)
             done[c.name] = run_case(c, wanted, options) | {"commit": facts[0]["commit"], "date": facts[0]["date"]}
-            payload["cases"] = list(done.values())
-            if name == "targets":
-                payload["targets"] = promised.evaluate(promised.cpu() if device == "cpu" else promised.cuda(), done)
-            write_json(out, payload)
+            save()
             (bar.write if sys.stderr.isatty() else print)(describe(done[c.name]))
             sys.stdout.flush()
             bar.update(effort[c])
