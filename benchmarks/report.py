@@ -143,18 +143,19 @@ def _figure(columns: int, height: float = 3.6):
 
 
 def _by_length(cases: dict[str, dict], method: str, pass_: str, dtype: str) -> dict[int, dict]:
-    """One batch entry of cases that differ in length only, shortest first."""
-    found = {
-        c["shape"]["Nk"]: c
-        for c in cases.values()
-        if c["rows"] and c["method"] == method and c["pass"] == pass_ and c["dtype"] == dtype and c["shape"]["D"] == 64 and c["shape"]["H"] == 8
-    }
-    return dict(sorted(found.items()))
+    """Cases of 8 heads of 64 channels that differ in length only, shortest first; of one length that with most candidates."""
+    wanted = {"method": method, "pass": pass_, "dtype": dtype}
+    found = [c for c in cases.values() if c["rows"] and wanted.items() <= c.items() and (c["shape"]["D"], c["shape"]["H"]) == (64, 8)]
+    return {c["shape"]["Nk"]: c for c in sorted(found, key=lambda c: (c["shape"]["Nk"], len(rows(c))))}
+
+
+def _order(which: tuple[str, str, str]) -> tuple:
+    return which[0], which[1], list(DTYPES).index(which[2])
 
 
 def _lines(cases: dict[str, dict], key: str, label: str):
     """One axes per method, pass and dtype that has at least two lengths; a line per candidate."""
-    which = sorted({(c["method"], c["pass"], c["dtype"]) for c in cases.values() if c["rows"] and c["method"] != "alibi_skip"})
+    which = sorted({(c["method"], c["pass"], c["dtype"]) for c in cases.values() if c["rows"] and c["method"] != "alibi_skip"}, key=_order)
     which = [w for w in which if sum(len(rows(c)) > 1 for c in _by_length(cases, *w).values()) > 2]
     if not which:
         return None

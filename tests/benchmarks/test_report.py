@@ -96,6 +96,9 @@ def test_pictures_show_what_was_measured(run):
     lines = {tuple(line.get_xdata()): None for line in ax.get_lines()}
     assert set(lines) == {(512, 1024, 2048)} and len(ax.get_lines()) == 4
     assert any(list(line.get_ydata()) == pytest.approx([5.12, 10.24, 20.48]) for line in ax.get_lines())
+    few = {"x": case("alibi", 1024, 99.0, fastpe_none=99.0)}  # the same length elsewhere, with fewer candidates
+    (ax,) = report.time_picture(cases | few).axes
+    assert all(99.0 not in list(line.get_ydata()) for line in ax.get_lines())
     (ax,) = report.overhead_picture(cases).axes
     assert sorted(p.get_width() for p in ax.patches) == pytest.approx([1.1])  # at 1024 tokens
     (ax,) = report.skipping_picture(cases).axes
