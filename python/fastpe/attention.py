@@ -316,12 +316,14 @@ def _region_rotation(call: Call, rope: Rope, region: Region, plan: RegionPlan, D
     rope = region.fit(rope, call)
 
     def tables(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return rope.tables(query, key, call.Nq, call.Nk, call.B, call.H, Hk, out_dtype=call.dtype, device=call.device)
+        sizes = query.shape[-1], key.shape[-1], call.B, call.H, Hk
+        return rope.tables(query, key, *sizes, out_dtype=call.dtype, device=call.device)
 
-    keys = plan.key * len(plan.query) if len(plan.key) == 1 else plan.key
-    both = [tables(q, k) for q, k in zip(plan.query, keys, strict=True)]
-    q_rope = _one_after_the_other([q for q, _ in both])
-    k_rope = both[0][1] if len(plan.key) == 1 else _one_after_the_other([k for _, k in both])
+    if len(plan.key) == 1:
+        first, k_rope = tables(plan.query[0], plan.key[0])
+        # Asked for one set of positions on both sides, a rope forms its angles once.
+        return _one_after_the_other([first, *(tables(q, q)[0] for q in plan.query[1:])]), k_rope, _LAYOUTS[rope.layout]
+    q_rope, k_rope = (_one_after_the_other(x) for x in zip(*map(tables, plan.query, plan.key)))
     return q_rope, k_rope, _LAYOUTS[rope.layout]
 
 

@@ -96,8 +96,16 @@ class Region:
             raise ValueError(
                 f"{where}: a {self.kind} rule has {self.regions} regions, got {len(query)} query and {len(key)} key positions"
             )
-        query = tuple(self._positions(where, "query positions", x, call.Nq, call) for x in query)
-        key = tuple(self._positions(where, "key positions", x, call.Nk, call) for x in key)
+        made: dict[int, Tensor] = {}
+
+        def checked(what: str, x: Tensor, n: int) -> Tensor:
+            """One tensor for one, so that it is seen which angles are shared."""
+            if id(x) not in made or made[id(x)].shape[-1] != n:
+                made[id(x)] = self._positions(where, what, x, n, call)
+            return made[id(x)]
+
+        query = tuple(checked("query positions", x, call.Nq) for x in query)
+        key = tuple(checked("key positions", x, call.Nk) for x in key)
         if factor is not None:
             factor = factor.to(call.dtype).expand(call.Nq)
         return RegionPlan(KINDS[self.kind][0], self.size, query, key, self.amplitude, factor)
@@ -153,6 +161,12 @@ class Region:
             return torch.where(j >= w, one, 2)
         own = w * _floor(call.query_index(), w)[:, None]
         return torch.where(j >= own, one, torch.where(j >= own - w, 2, 3))
+
+
+def _places(call: Call) -> tuple[Tensor, Tensor]:
+    """I and j, one tensor where they are the same numbers, so that their angles are formed once."""
+    i = call.query_index()
+    return i, (i if call.Nq == call.Nk else call.key_index())
 
 
 def _floor(x: Tensor, by: int) -> Tensor:
@@ -213,7 +227,7 @@ def self_extend(window: int = 1024, group: int = 8, *, shift: str = "floor", sca
     move = self_extend_shift(where, window, group, shift)
 
     def rule(call: Call) -> Positions:
-        i, j = call.query_index(), call.key_index()
+        i, j = _places(call)
         # Where every pair is near the release leaves the shift out; no far position is read then.
         return (i, _grouped(i, group) + move), (j, _grouped(j, group)), _log_n(call, scale_base)
 
@@ -248,7 +262,7 @@ def self_extend_bidirectional(
     move = self_extend_shift(where, window, group, "floor")
 
     def rule(call: Call) -> Positions:
-        i, j = call.query_index(), call.key_index()
+        i, j = _places(call)
         length = _length(call)
 
         def far(x: Tensor, move: float) -> Tensor:
@@ -287,7 +301,7 @@ def rerope(window: int = 512, train_length: float | None = 4096) -> Region:
 
 def _constant_far(window: int, far: float, train_length: float | None) -> Callable[[Call], Positions]:
     def rule(call: Call) -> Positions:
-        i, j = call.query_index(), call.key_index()
+        i, j = _places(call)
         return (i, torch.full_like(i, far, dtype=torch.float64)), (j, torch.zeros_like(j)), _log_n(call, train_length)
 
     return rule
@@ -317,8 +331,8 @@ def leaky_rerope(window: int = 512, factor: float = 16.0, train_length: float | 
     _check_log_base(where, "train_length", train_length)
 
     def rule(call: Call) -> Positions:
-        i, j = call.query_index().double(), call.key_index().double()
-        return (i, (i + window * (factor - 1)) / factor), (j, j / factor), _log_n(call, train_length)
+        i, j = _places(call)
+        return (i, (i.double() + window * (factor - 1)) / factor), (j, j.double() / factor), _log_n(call, train_length)
 
     facts = f"window={window}, factor={factor:g}, train_length={train_length}"
     return Region("distance", window, rule, "leaky_rerope", facts)
@@ -363,7 +377,8 @@ def dual_chunk(
     c = chunk_size - local_window
 
     def rule(call: Call) -> Positions:
-        i, j = torch.remainder(call.query_index(), c), torch.remainder(call.key_index(), c)
+        i, j = _places(call)
+        i, j = (torch.remainder(i, c),) * 2 if j is i else (torch.remainder(i, c), torch.remainder(j, c))
         factor = None
         if original_length is not None:
             over = (_length(call) / original_length).log().clamp(min=0)
@@ -402,7 +417,7 @@ def string(shift: int, window: int = 128, attention_factor: float = 0.1 * math.l
     attention_factor = _check.number(where, "attention_factor", attention_factor, positive=True)
 
     def rule(call: Call) -> Positions:
-        i, j = call.query_index(), call.key_index()
+        i, j = _places(call)
         return (i, i - shift + window), (j,), None
 
     facts = f"shift={shift}, window={window}, attention_factor={attention_factor:g}"
