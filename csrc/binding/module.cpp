@@ -78,7 +78,8 @@ py::dict tile_plan(int64_t B, int64_t H, int64_t Hk, int64_t Nq, int64_t Nk, con
   if (B < 0 || H < 0 || Hk < 1 || Nq < 0 || Nk < 0) throw py::value_error("fastpe._C.tile_plan: sizes must not be negative and Hk at least 1");
   const std::string isa = cpu::current_isa();
   const bool bf16_dot = dtype == "bfloat16" && isa == "avx512bf16";
-  const int64_t bq = tiles::kBlockQ, bk = tiles::block_k(bf16_dot);
+  const bool few = Nq >= 1 && Nq <= tiles::kFewQueries;
+  const int64_t bq = few ? Nq : tiles::kBlockQ, bk = few ? tiles::kDecodeKeys : tiles::block_k(bf16_dot);
   const int64_t query_blocks = tiles::ceil_div(Nq, bq), key_tiles = tiles::ceil_div(Nk, bk);
   const pos::Band band{left, right, sinks};
   int64_t visited = 0;

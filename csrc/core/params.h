@@ -124,6 +124,23 @@ struct AttnParams {
   double skip_eps = 0;     // bound on the probability a row may lose to skipped tiles; 0: skip none
 };
 
+// Attention in which every row of keys is read once for all rows that share it: few queries, or a list of keys a row.
+// bias must be one that decode_takes (pos/bias.h).
+struct DecodeParams {
+  AttnParams attn;
+  // Keys and values in pages: attn.k and attn.v are pools (pages, Hk, page_size, D), and key j of batch b lies in row
+  // j % page_size of page pages[b][j / page_size]. page_size is a multiple of 16.
+  const int32_t* pages = nullptr;    // (B, ceil(Nk / page_size)); null: attn.k and attn.v hold the keys in order
+  int64_t pages_sb = 0, page_size = 0;
+  const int32_t* lengths = nullptr;  // (B) keys of each batch, Nq..Nk, and I = i + lengths[b] - Nq; null: Nk
+  // Lists: row i of head h attends to the keys list[b][h][i][..], -1 for none. Regions do not go with lists.
+  const int32_t* list = nullptr;     // (B|1, Hk|H|1, Nq|1, list_len); null: all keys
+  int64_t list_sb = 0, list_sh = 0, list_sn = 0, list_len = 0;
+  bool list_by_head = false;         // its heads are those of q
+  const int32_t* turn = nullptr;     // beside each entry of list the row of k_rope that turns the key; null: the key's index
+  int64_t turn_sb = 0, turn_sh = 0, turn_sn = 0;
+};
+
 // What the backward pass is asked for, a bit set.
 enum Needs : int64_t {
   need_q = 1 << 0, need_k = 1 << 1, need_v = 1 << 2,

@@ -12,6 +12,7 @@ const fastpe::cpu::KernelTable FASTPE_CAT(fastpe_kernels_, FASTPE_ISA) = {
     FASTPE_STR(FASTPE_ISA),
     fastpe::cpu::FASTPE_ISA::attn_fwd,
     fastpe::cpu::FASTPE_ISA::attn_bwd,
+    fastpe::cpu::FASTPE_ISA::attn_decode,
     fastpe::cpu::FASTPE_ISA::cope_fwd,
     fastpe::cpu::FASTPE_ISA::cope_bwd,
     fastpe::cpu::FASTPE_ISA::landmark_fwd,

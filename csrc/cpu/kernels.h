@@ -9,6 +9,7 @@ struct KernelTable {
   const char* isa;  // "generic", "avx2", "avx512", "avx512bf16"
   void (*attn_fwd)(const AttnParams&, const Runtime&, TileStats*);     // stats may be null
   void (*attn_bwd)(const AttnBwdParams&, const Runtime&, TileStats*);  // stats may be null
+  void (*attn_decode)(const DecodeParams&, const Runtime&, TileStats*);
   void (*cope_fwd)(const CopeParams&, const Runtime&, TileStats*);
   void (*cope_bwd)(const CopeBwdParams&, const Runtime&, TileStats*);
   void (*landmark_fwd)(const LandmarkParams&, const Runtime&);
@@ -27,6 +28,7 @@ struct KernelTable {
 namespace FASTPE_ISA {
 void attn_fwd(const AttnParams&, const Runtime&, TileStats*);
 void attn_bwd(const AttnBwdParams&, const Runtime&, TileStats*);
+void attn_decode(const DecodeParams&, const Runtime&, TileStats*);
 void cope_fwd(const CopeParams&, const Runtime&, TileStats*);
 void cope_bwd(const CopeBwdParams&, const Runtime&, TileStats*);
 void landmark_fwd(const LandmarkParams&, const Runtime&);

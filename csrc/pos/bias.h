@@ -94,6 +94,10 @@ constexpr FASTPE_HD bool is_table(BiasForm f) { return f == BiasForm::table || f
 constexpr FASTPE_HD bool has_terms(const Bias& b) {
   return b.form == BiasForm::fire || (is_table(b.form) && (b.u.p || b.w.p)) || b.omega.p || b.rows.p || b.cols.p || b.dense.p || b.factor.p || b.pairs.p || b.row_e.p || b.col_e.p;
 }
+// Biases that the kernel for few queries has.
+constexpr FASTPE_HD bool decode_takes(const Bias& b) {
+  return b.form != BiasForm::fire && !(is_table(b.form) && (b.u.p || b.w.p)) && !b.rows.p && !b.cols.p;
+}
 constexpr FASTPE_HD bool is_composed(const AttnParams& p) { return p.softcap > 0 || has_terms(p.bias); }
 
 // Index into a table form, or into fire's numerator, for the offset t = I - j.

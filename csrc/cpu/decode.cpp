@@ -1,0 +1,912 @@
+// Attention of few queries: decoding, and lists of keys.
+//
+// Bound by reading K and V once, straight from where they are stored. All rows of a (batch, kv head), its group's heads
+// times Nq, share each row read. Orientation: scores are [row][key], keys in lanes.
+// Work: keys are cut into splits of tiles::decode_split, a function of shapes alone, so the result is the same for every
+// thread count. One task per (split, batch, kv head), splits outermost: cos and sin of a split's keys then serve all heads
+// from cache. A task walks its tiles of kKeys keys as they lie in memory
+// (from the last to the first, which would let it leave out the values of a bias that fades, costs 1.15 times as much),
+//   s[row][key] = <q, k>           several keys and rows at once, one vector sum for all of them
+//   x, m, P = exp2(x - m), l       one online softmax a row
+//   o[row][:] += P v
+// and leaves (m, l, o) of every row; a second step joins the splits in their order.
+#include "attn_common.h"
+
+namespace fastpe::cpu::FASTPE_ISA {
+namespace {
+
+constexpr int64_t kKeys = tiles::kDecodeKeys;
+constexpr int64_t kChunk = 16;  // keys whose operands are prepared together
+constexpr int64_t kChunks = kKeys / kChunk;
+static_assert(kKeys == 64, "the keys a row sees in a tile are one 64-bit number");
+
+// Bits [lo, hi) of a tile.
+FASTPE_INLINE uint64_t range_bits(int64_t lo, int64_t hi) {
+  lo = lo < 0 ? 0 : lo;
+  hi = hi > kKeys ? kKeys : hi;
+  return lo < hi ? (~uint64_t(0) >> (kKeys - (hi - lo))) << lo : 0;
+}
+
+// Lanes of the vector at l whose bit is set.
+template <class S>
+FASTPE_INLINE Mask<S> lane_mask(uint64_t bits, int64_t l) {
+  using V = Vec<S>;
+  using I = typename V::RawInt;
+  using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+  I one;
+  for (int x = 0; x < V::kLanes; ++x) one[x] = Int(1) << x;
+  const I b = I{} + Int(uint32_t(bits >> l));
+  return {(b & one) != 0};
+}
+
+// Lane i of v[0] becomes the sum of v[i]: log2 L rounds that halve the vectors.
+template <int Step = 1, class S>
+FASTPE_INLINE void sum_each(Vec<S>* v) {
+  constexpr int L = Vec<S>::kLanes;
+  if constexpr (Step < L) {
+    typename Vec<S>::RawInt lo, hi;
+    for (int l = 0; l < L; ++l) {
+      lo[l] = l & Step ? L + l - Step : l;
+      hi[l] = l & Step ? L + l : l + Step;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < L; r += 2 * Step) v[r].v = __builtin_shuffle(v[r].v, v[r + Step].v, lo) + __builtin_shuffle(v[r].v, v[r + Step].v, hi);
+    sum_each<2 * Step>(v);
+  }
+}
+
+// f(tag of the count, first row) over R rows in blocks of 4, 2 and 1 (no more than a vector has lanes).
+template <int N> struct Rows { static constexpr int value = N; };
+template <class S, class Fn>
+FASTPE_INLINE void by_rows(int64_t R, Fn&& f) {
+  constexpr int most = Vec<S>::kLanes < 4 ? 2 : 4;
+  int64_t r = 0;
+  for (; r + most <= R; r += most) f(Rows<most>{}, r);
+  if constexpr (most > 2)
+    if (r + 2 <= R) { f(Rows<2>{}, r); r += 2; }
+  if (r < R) f(Rows<1>{}, r);
+}
+
+// A chunk of rows as operands: kChunk of them, `step` units apart.
+template <class U>
+struct Operand {
+  const U* p = nullptr;
+  int64_t step = 0;
+};
+
+// Lines that will be wanted soon, of the rows of a chunk. Products alternate between keys and values, which the
+// processor's own prefetching does not follow; asking for the next lot between products keeps memory busy throughout
+// (2.2 times faster on 512 MiB of keys and values).
+struct Ahead {
+  const char* p = nullptr;  // null: nothing
+  int64_t step = 0;         // bytes from row to row
+  int64_t first = 0, last = 0;  // bytes of a row
+  FASTPE_INLINE void fetch(int64_t row) const {
+    if (!p) return;
+    const char* at = p + row * step;
+    for (int64_t e = first; e < last; e += 64) __builtin_prefetch(at + e, 0, 2);
+  }
+};
+
+// s[r][x] = <q[r], k[x]> for RB rows and the kChunk keys of a chunk. Keys are read one after the other, as they lie.
+// NU: vectors of a row, 0: `units` says.
+template <class E, int RB, int NU>
+FASTPE_INLINE void dots_of(Operand<typename E::U> k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
+  using S = typename E::S;
+  using V = Vec<S>;
+  constexpr int L = V::kLanes, KB = L / RB;
+  for (int64_t x = 0; x < kChunk; x += KB) {
+    V acc[L];
+#pragma GCC unroll 16
+    for (int y = 0; y < KB; ++y) {
+      ahead.fetch(x + y);
+      const typename E::U* row = k.p + (x + y) * k.step;
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r) acc[r * KB + y] = V(S(0));
+      const auto step = [&](int64_t u) {
+        const typename E::BVec kv = E::load_b(row + u);
+#pragma GCC unroll 4
+        for (int r = 0; r < RB; ++r) acc[r * KB + y] = E::mac(acc[r * KB + y], kv, E::load_b(q + r * units + u));
+      };
+      if constexpr (NU > 0) {
+#pragma GCC unroll 8
+        for (int u = 0; u < NU; ++u) step(u * L);
+      } else {
+        for (int64_t u = 0; u < units; u += L) step(u);
+      }
+    }
+    alignas(64) S t[L];
+    sum_each(acc);
+    acc[0].store(t);
+#pragma GCC unroll 4
+    for (int r = 0; r < RB; ++r) std::memcpy(s + r * pitch + x, t + r * KB, KB * sizeof(S));
+  }
+}
+template <class E, int RB>
+FASTPE_INLINE void dots(Operand<typename E::U> k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
+  constexpr int L = Vec<typename E::S>::kLanes;
+  if constexpr (L == 16 && RB == 4) {  // the usual widths with a vector this wide
+    if (units == 4 * L) return dots_of<E, RB, 4>(k, q, 4 * L, s, pitch, ahead);
+    if (units == 8 * L) return dots_of<E, RB, 8>(k, q, 8 * L, s, pitch, ahead);
+  }
+  dots_of<E, RB, 0>(k, q, units, s, pitch, ahead);
+}
+
+// o[r][NV vectors] += P v over the chunks of `live`. In bf16 two keys are interleaved in registers, which leaves the
+// channels of 32 in the order of channel_of.
+template <class E, int RB, int NV>
+FASTPE_INLINE void weigh(const Operand<typename E::U>* v, uint32_t live, int64_t col, const typename E::U* pt, typename E::S* o, int64_t pitch, const Ahead* ahead) {
+  using S = typename E::S;
+  using V = Vec<S>;
+  constexpr int L = V::kLanes;
+  constexpr int64_t units = kKeys / E::kPack;
+  V acc[RB][NV];
+#pragma GCC unroll 4
+  for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) acc[r][n] = V::load(o + r * pitch + n * L);
+  for (int c = 0; c < kChunks; ++c) {
+    if (!(live >> c & 1)) continue;
+    const typename E::U* row = v[c].p + col;
+    const typename E::U* w = pt + c * (kChunk / E::kPack);
+    if constexpr (E::kPack == 1) {
+      for (int64_t x = 0; x < kChunk; ++x, row += v[c].step) {
+        ahead[c].fetch(x);
+        V vv[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV; ++n) vv[n] = V::load(row + n * L);
+#pragma GCC unroll 4
+        for (int r = 0; r < RB; ++r) {
+          const V pv(w[r * units + x]);
+#pragma GCC unroll 4
+          for (int n = 0; n < NV; ++n) acc[r][n] = fma(pv, vv[n], acc[r][n]);
+        }
+      }
+    } else {
+#if defined(__AVX512BF16__)
+      for (int64_t x = 0; x < kChunk / 2; ++x, row += 2 * v[c].step) {
+        ahead[c].fetch(2 * x);
+        ahead[c].fetch(2 * x + 1);
+        typename E::BVec vv[NV];
+#pragma GCC unroll 4
+        for (int n = 0; n < NV / 2; ++n) {
+          const __m512i a = _mm512_loadu_si512(row + n * L), b = _mm512_loadu_si512(row + v[c].step + n * L);
+          vv[2 * n].v = _mm512_unpacklo_epi16(a, b);
+          vv[2 * n + 1].v = _mm512_unpackhi_epi16(a, b);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < RB; ++r) {
+          const typename E::BVec pv = E::bcast(w + r * units + x);
+#pragma GCC unroll 4
+          for (int n = 0; n < NV; ++n) acc[r][n] = E::mac(acc[r][n], vv[n], pv);
+        }
+      }
+#endif
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) acc[r][n].store(o + r * pitch + n * L);
+}
+
+// The channel that place x of an accumulator row holds.
+template <class E>
+FASTPE_INLINE int64_t channel_of(int64_t x) {
+  if constexpr (E::kPack == 1) return x;
+  // unpacklo and unpackhi work within 128 bits: 8 channels a lane, the first 4 of each to the first vector.
+  const int64_t block = x / 32 * 32, v = x % 32 / 16, l = x % 16;
+  return block + l / 4 * 8 + v * 4 + l % 4;
+}
+
+template <class E>
+struct Decode {
+  using S = typename E::S;
+  using U = typename E::U;
+  using V = Vec<S>;
+  static constexpr int L = V::kLanes;
+  static constexpr int64_t kUnits = kKeys / E::kPack;
+
+  const DecodeParams& d;
+  const AttnParams& p;
+  const Runtime& rt;
+  TileStats* stats;
+  // A unit is a set of rows that share their keys: all rows of a kv head, or the rows that share one list.
+  const int64_t group, units_per_head, R, regions, keys, split, splits, k_units, v_units;
+  const int64_t size;  // bytes of a stored number
+  S *part_m = nullptr, *part_l = nullptr, *part_o = nullptr;  // (splits, B, Hk, units, R) and (.., Dv)
+  char* worker_base = nullptr;
+  size_t worker_bytes = 0;
+
+  Decode(const DecodeParams& params, const Runtime& runtime, TileStats* st)
+      : d(params), p(params.attn), rt(runtime), stats(st),
+        group(p.H / p.Hk),
+        units_per_head(!d.list ? 1 : d.list_by_head ? p.Nq * group : p.Nq),
+        R(!d.list ? p.Nq * group : d.list_by_head ? 1 : group),
+        regions(pos::region_count(p.region.kind)),
+        keys(d.list ? d.list_len : p.Nk),
+        split(tiles::decode_split(R)),
+        splits(tiles::ceil_div(keys, split)),
+        k_units(tiles::round_up(p.D, L * E::kPack) / E::kPack),
+        v_units(tiles::round_up(p.Dv, L * E::kPack) / E::kPack),
+        size(p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2) {}
+
+  struct Scratch {
+    U *q, *k, *v, *pt;
+    S *row, *s, *other, *o, *bias, *mul, *y, *m, *l, *scale;
+    HeadBias<S>* heads;
+    uint64_t *seen, *common;
+    int32_t* list;
+    void carve(Carver& c, const Decode& t) {
+      const AttnParams& p = t.p;
+      const int64_t wide = tiles::round_up(p.D > p.Dv ? p.D : p.Dv, 64);
+      q = c.take<U>(t.regions * t.R * t.k_units);
+      k = c.take<U>(kChunk * t.k_units);
+      v = c.take<U>(kKeys * t.v_units);
+      pt = c.take<U>(t.R * kUnits);
+      row = c.take<S>(wide);
+      s = c.take<S>(t.R * kKeys);
+      other = c.take<S>(t.R * kKeys);
+      o = c.take<S>(t.R * t.v_units * E::kPack);
+      bias = c.take<S>(kKeys);
+      mul = c.take<S>(kKeys);
+      y = c.take<S>(kKeys);
+      m = c.take<S>(t.R);
+      l = c.take<S>(t.R);
+      scale = c.take<S>(t.R);
+      heads = c.take<HeadBias<S>>(t.group);
+      seen = c.take<uint64_t>(t.R);
+      common = c.take<uint64_t>(p.Nq);
+      list = c.take<int32_t>(kKeys);
+    }
+  };
+
+  // One task's view of its rows and keys.
+  struct Unit {
+    int64_t b, hk, sub, nk, offset;  // nk: keys of this batch; offset = nk - Nq
+    const int32_t *list, *turn;      // of this unit, null: keys in order
+  };
+  // A tile of keys: [j0, j0 + n), or list[0..n) with -1 for none.
+  struct Tile {
+    int64_t x0, j0, n;
+    int64_t next;  // first key of the whole tile that comes after it, -1: none
+    const int32_t* list;
+    int64_t key(int64_t x) const { return list ? list[x] : j0 + x; }
+  };
+
+  int64_t head_of(const Unit& u, int64_t r) const {
+    return u.hk * group + (!d.list ? r / p.Nq : d.list_by_head ? u.sub / p.Nq : r);
+  }
+  int64_t query_of(const Unit& u, int64_t r) const { return !d.list ? r % p.Nq : u.sub % p.Nq; }
+
+  void run() {
+    Scratch probe;
+    Carver pc{nullptr};
+    probe.carve(pc, *this);
+    worker_bytes = (pc.used + 127) / 64 * 64;
+    const int64_t units = p.B * p.Hk * units_per_head;
+    char* mem = nullptr;
+    const auto layout = [&](Carver& c) {
+      part_m = c.take<S>(splits * units * R);
+      part_l = c.take<S>(splits * units * R);
+      part_o = c.take<S>(splits * units * R * p.Dv);
+      worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
+    };
+    Carver measure{nullptr};
+    layout(measure);
+    mem = static_cast<char*>(rt.alloc(measure.used + 64));
+    Carver real{mem};
+    layout(real);
+    rt.parallel(splits * units, [](void* self, int64_t task, int worker) { static_cast<Decode*>(self)->split_task(task, worker); }, this);
+    rt.parallel(p.B * p.H, [](void* self, int64_t task, int worker) { static_cast<Decode*>(self)->join_task(task, worker); }, this);
+    rt.release(mem);
+  }
+
+  Scratch scratch(int worker) const {
+    Scratch w;
+    Carver c{worker_base + size_t(worker) * worker_bytes};
+    w.carve(c, *this);
+    return w;
+  }
+
+  Unit unit_of(int64_t x) const {
+    Unit u;
+    u.sub = x % units_per_head;
+    u.hk = x / units_per_head % p.Hk;
+    u.b = x / units_per_head / p.Hk;
+    u.nk = d.lengths ? d.lengths[u.b] : p.Nk;
+    u.offset = u.nk - p.Nq;
+    u.list = u.turn = nullptr;
+    if (d.list) {
+      const int64_t h = d.list_by_head ? head_of(u, 0) : u.hk;
+      const int64_t at = u.b * d.list_sb + h * d.list_sh + query_of(u, 0) * d.list_sn;
+      u.list = d.list + at;
+      if (d.turn) u.turn = d.turn + u.b * d.turn_sb + h * d.turn_sh + query_of(u, 0) * d.turn_sn;
+    }
+    return u;
+  }
+
+  // ---- a split ------------------------------------------------------------------------------------------------------
+
+  void split_task(int64_t task, int worker) {
+    const int64_t units = p.B * p.Hk * units_per_head;
+    const Unit u = unit_of(task % units);
+    const int64_t x0 = task / units * split;
+    const int64_t have = d.list ? keys : u.nk;
+    const int64_t x1 = x0 + split < have ? x0 + split : have;
+    Scratch w = scratch(worker);
+    bool started = false;
+    int64_t visited = 0, hidden = 0;
+    for (int64_t t = 0; t < tiles::ceil_div(x1 - x0, kKeys); ++t) {
+      Tile tile;
+      tile.x0 = tile.j0 = x0 + t * kKeys;
+      tile.n = x1 - tile.x0 < kKeys ? x1 - tile.x0 : kKeys;
+      tile.list = nullptr;
+      tile.next = !d.list && tile.j0 + 2 * kKeys <= x1 ? tile.j0 + kKeys : -1;
+      if (u.list) {
+        std::memcpy(w.list, u.list + tile.x0, size_t(tile.n) * sizeof(int32_t));
+        tile.list = w.list;
+      }
+      const uint64_t any = look(u, tile, w);
+      if (!any) { ++hidden; continue; }
+      if (!started) start(u, w);
+      started = true;
+      ++visited;
+      scores(u, tile, any, w);
+      soften(u, tile, w);
+      values(u, tile, any, w);
+    }
+    leave(task, started, w);
+    if (stats) {
+      const int64_t heads = d.list_by_head ? 1 : group;
+      __atomic_fetch_add(&stats->visited, visited * heads, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&stats->hidden, hidden * heads, __ATOMIC_RELAXED);
+      stats->block_q = d.list ? 1 : p.Nq;
+      stats->block_k = kKeys;
+    }
+  }
+
+  // Queries turned for every region, scales, empty state.
+  void start(const Unit& u, Scratch& w) const {
+    for (int64_t g = 0; g < group; ++g) w.heads[g].init(p, u.b, u.hk * group + g, nullptr, nullptr);
+    const int64_t wide = k_units * E::kPack;
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t h = head_of(u, r), i = query_of(u, r);
+      for (int64_t x = 0; x < regions; ++x) {
+        load_row(w.row, p.q, p.dtype, u.b, h, i, p.D);
+        for (int64_t c = p.D; c < wide; ++c) w.row[c] = 0;
+        if (p.q_rope.cos) rotate_row(w.row, region_rope<S>(p.q_rope, int(x)), p.rope_pairs, p.rope_layout, false, u.b, h, i);
+        pack_row<E>(w.q + (x * R + r) * k_units, w.row, wide);
+      }
+      const S* rho = at<S>(p.row_scale, u.b, h);
+      w.scale[r] = S(p.scale) * (rho ? rho[i * p.row_scale.sn] : S(1)) * S(kLog2e);
+      w.m[r] = -kInf<S>;
+      w.l[r] = 0;
+    }
+    std::memset(w.o, 0, size_t(R * v_units * E::kPack) * sizeof(S));
+  }
+
+  // ---- visibility: one bit a key --------------------------------------------------------------------------------------
+
+  template <class Fn>
+  static FASTPE_INLINE uint64_t test(const Tile& t, uint64_t bits, Fn&& f) {
+    uint64_t r = 0;
+    if (!t.list) {
+      for (int64_t x = 0; x < t.n; ++x) r |= uint64_t(f(t.j0 + x)) << x;
+    } else {
+      for (int64_t x = 0; x < t.n; ++x) r |= uint64_t(bits >> x & 1 && f(t.list[x])) << x;
+    }
+    return r & bits;
+  }
+
+  // What row i of any head sees.
+  uint64_t common_bits(const Unit& u, const Tile& t, int64_t i) const {
+    const Visibility& v = p.vis;
+    const pos::Band band{v.left, v.right, v.sinks};
+    const int64_t I = i + u.offset;
+    uint64_t bits;
+    if (t.list) {
+      bits = 0;
+      for (int64_t x = 0; x < t.n; ++x) bits |= uint64_t(t.list[x] >= 0 && pos::visible(band, I, t.list[x])) << x;
+    } else {
+      const pos::Range r = pos::window_of_rows(band, I, I + 1, u.nk);
+      bits = range_bits(r.lo - t.j0, r.hi - t.j0);
+      if (v.left > 0 && v.sinks > t.j0) {
+        const int64_t end = v.right > 0 && I + v.right < v.sinks ? I + v.right : v.sinks;
+        bits |= range_bits(0, end - t.j0);
+      }
+      bits &= range_bits(0, t.n);
+    }
+    if (!bits) return 0;
+    if (v.k_ids) {
+      const int32_t q = v.q_ids[u.b * v.q_ids_sb + i];
+      const int32_t* k = v.k_ids + u.b * v.k_ids_sb;
+      bits = test(t, bits, [&](int64_t j) { return k[j] == q && k[j] >= 0; });
+    }
+    if (v.lower) {
+      const int64_t lo = v.lower[u.b * v.lower_sb + i];
+      bits = t.list ? test(t, bits, [&](int64_t j) { return j >= lo; }) : bits & range_bits(lo - t.j0, kKeys);
+    }
+    if (v.intervals) {
+      const int32_t* a = v.intervals + u.b * v.intervals_sb;
+      const int64_t n = p.Nk;
+      bits = test(t, bits, [&](int64_t j) { return (I >= a[j] && I < a[n + j]) || (I >= a[2 * n + j] && I < a[3 * n + j]); });
+    }
+    if (v.relation) {
+      const uint8_t* row = v.relation + v.q_seg[u.b * v.q_seg_sb + i] * v.Sk;
+      const int32_t* k = v.k_seg + u.b * v.k_seg_sb;
+      bits = test(t, bits, [&](int64_t j) { return row[k[j]] != 0; });
+    }
+    return bits;
+  }
+
+  // Fills seen[] and returns the keys that some row sees.
+  uint64_t look(const Unit& u, const Tile& t, Scratch& w) const {
+    const Visibility& v = p.vis;
+    const bool by_head = v.mask || v.map;
+    uint64_t any = 0;
+    if (!d.list)
+      for (int64_t i = 0; i < p.Nq; ++i) any |= w.common[i] = common_bits(u, t, i);
+    else
+      any = w.common[query_of(u, 0)] = common_bits(u, t, query_of(u, 0));
+    if (!any) return 0;
+    if (by_head) any = 0;
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t i = query_of(u, r), h = head_of(u, r);
+      uint64_t bits = w.common[i];
+      if (bits && v.mask) {
+        const uint8_t* m = v.mask + u.b * v.mask_sb + h * v.mask_sh + i * v.mask_sn;
+        const int64_t step = v.mask_sk;
+        bits = test(t, bits, [&](int64_t j) { return m[j * step] != 0; });
+      }
+      if (bits && v.map) {
+        const uint8_t* m = v.map + u.b * v.map_sb + h * v.map_sh + i / v.block_q * v.map_sn;
+        bits = test(t, bits, [&](int64_t j) { return m[j / v.block_k] != 0; });
+      }
+      w.seen[r] = bits;
+      any |= bits;
+    }
+    return any;
+  }
+
+  // ---- keys and values where they lie ---------------------------------------------------------------------------------
+
+  // (batch or page, row in it) of key j.
+  struct Place {
+    int64_t b, n;
+  };
+  Place place(const Unit& u, int64_t j) const {
+    if (!d.pages) return {u.b, j};
+    return {d.pages[u.b * d.pages_sb + j / d.page_size], j % d.page_size};
+  }
+  FASTPE_INLINE const U* row_at(const View& x, const Unit& u, int64_t j) const {
+    const Place a = place(u, j);
+    return reinterpret_cast<const U*>(static_cast<const char*>(x.p) + (a.b * x.sb + u.hk * x.sh + a.n * x.sn) * size);
+  }
+  // Storage is already the operand.
+  static constexpr DType kOwn = E::kPack == 2 ? DType::bf16 : sizeof(S) == 8 ? DType::f64 : DType::f32;
+  bool as_stored(const View& x, int64_t channels) const {
+    return p.dtype == kOwn && !d.list && channels % (L * E::kPack) == 0 && x.sn % E::kPack == 0;
+  }
+
+  // The keys [c, c + 16) of a tile, turned for region x.
+  Operand<U> keys_of(const Unit& u, const Tile& t, int64_t c, int x, Scratch& w) const {
+    if (!p.k_rope.cos && as_stored(p.k, p.D) && c + kChunk <= t.n) return {row_at(p.k, u, t.j0 + c), p.k.sn / E::kPack};
+    if (turns_whole() && c + kChunk <= t.n && !t.list) {
+      if constexpr (sizeof(S) == 8) turn_chunk<DType::f64>(u, t, c, x, w);
+      else if (p.dtype == DType::f32) turn_chunk<DType::f32>(u, t, c, x, w);
+      else if (p.dtype == DType::bf16) turn_chunk<DType::bf16>(u, t, c, x, w);
+      else turn_chunk<DType::f16>(u, t, c, x, w);
+      return {w.k, k_units};
+    }
+    const int64_t wide = k_units * E::kPack;
+    for (int64_t y = 0; y < kChunk; ++y) {
+      U* out = w.k + y * k_units;
+      const int64_t j = c + y < t.n ? t.key(c + y) : -1;
+      if (j < 0) {
+        std::memset(out, 0, size_t(k_units) * sizeof(U));
+        continue;
+      }
+      const Place a = place(u, j);
+      const int64_t turn = u.turn ? u.turn[t.x0 + c + y] : j;
+      load_row(w.row, p.k, p.dtype, a.b, u.hk, a.n, p.D);
+      for (int64_t e = p.D; e < wide; ++e) w.row[e] = 0;
+      if (p.k_rope.cos) rotate_row(w.row, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, false, u.b, u.hk, turn);
+      pack_row<E>(out, w.row, wide);
+    }
+    return {w.k, k_units};
+  }
+
+  // The usual case in one pass over the row: pairs (j, j + J), whole operands.
+  bool turns_whole() const {
+    const int64_t J = p.rope_pairs;
+    return p.k_rope.cos && p.rope_layout == RopeLayout::half && J % (L * E::kPack) == 0 && p.D % (L * E::kPack) == 0;
+  }
+  template <DType T>
+  static FASTPE_INLINE V load_part(const char* x, int64_t at) {
+    if constexpr (T == DType::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(x) + at);
+    else if constexpr (T == DType::f16) return load_f16(reinterpret_cast<const uint16_t*>(x) + at);
+    else return V::load(reinterpret_cast<const S*>(x) + at);
+  }
+  template <DType T>
+  FASTPE_INLINE void load_turned(U* out, const char* row, const S* c, const S* s) const {
+    const int64_t J = p.rope_pairs;
+    for (int64_t e = 0; e < J; e += L * E::kPack) {
+      V lo[E::kPack], hi[E::kPack];
+      for (int y = 0; y < E::kPack; ++y) {
+        lo[y] = load_part<T>(row, e + y * L), hi[y] = load_part<T>(row, J + e + y * L);
+        pos::rotate_pair(lo[y], hi[y], V::load(c + e + y * L), V::load(s + e + y * L));
+      }
+      store_operand(out + e / E::kPack, lo);
+      store_operand(out + (J + e) / E::kPack, hi);
+    }
+    for (int64_t e = 2 * J; e < p.D; e += L * E::kPack) {
+      V x[E::kPack];
+      for (int y = 0; y < E::kPack; ++y) x[y] = load_part<T>(row, e + y * L);
+      store_operand(out + e / E::kPack, x);
+    }
+  }
+  static FASTPE_INLINE void store_operand(U* out, const V* x) {
+    if constexpr (E::kPack == 1) x[0].store(out);
+#if defined(__AVX512BF16__)
+    else _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(__m512(x[1].v), __m512(x[0].v)));
+#endif
+  }
+  // Chunk c of the tile, all of whose keys exist, turned by the table of region x.
+  template <DType T>
+  void turn_chunk(const Unit& u, const Tile& t, int64_t c, int x, Scratch& w) const {
+    for (int64_t y = 0; y < kChunk; ++y) {
+      const int64_t j = t.key(c + y), at_row = u.turn ? u.turn[t.x0 + c + y] : j;
+      const Rope rope = key_rope<S>(p, x, j);
+      load_turned<T>(w.k + y * k_units, reinterpret_cast<const char*>(row_at(p.k, u, j)), at<S>(rope.cos, u.b, u.hk, at_row), at<S>(rope.sin, u.b, u.hk, at_row));
+    }
+  }
+
+  // Rows j.. of keys or values, wanted soon.
+  Ahead ahead_of(const View& x, const Unit& u, int64_t j, int64_t channels) const {
+    return {reinterpret_cast<const char*>(row_at(x, u, j)), x.sn * size, 0, channels * size};
+  }
+
+  // ---- scores -----------------------------------------------------------------------------------------------------------
+
+  void scores(const Unit& u, const Tile& t, uint64_t any, Scratch& w) const {
+    const bool turned_alike = !p.k_rope.sr || pos::region_by_key(p.region.kind);
+    for (int64_t c = 0; c < t.n; c += kChunk) {
+      if (!(any >> c & 0xffff)) continue;
+      Ahead ahead;  // the values that go with these keys
+      if (!d.list && c + kChunk <= t.n) ahead = ahead_of(p.v, u, t.j0 + c, p.Dv);
+      Operand<U> k;
+      bool loaded = false, first = true;
+      for (int x = 0; x < int(regions); ++x) {
+        uint64_t in_region = ~uint64_t(0);
+        if (regions > 1) {
+          in_region = 0;
+          for (int64_t i = 0; i < p.Nq; ++i) in_region |= region_bits(u, t, x, i);
+          if (!(in_region & any & uint64_t(0xffff) << c)) continue;
+        }
+        if (!loaded || !turned_alike) k = keys_of(u, t, c, x, w);
+        loaded = true;
+        S* out = (first ? w.s : w.other) + c;
+        by_rows<S>(R, [&](auto n, int64_t r) { dots<E, decltype(n)::value>(k, w.q + (x * R + r) * k_units, k_units, out + r * kKeys, kKeys, r == 0 ? ahead : Ahead{}); });
+        ahead = {};
+        if (!first)
+          for (int64_t r = 0; r < R; ++r) {
+            const uint64_t own = region_bits(u, t, x, query_of(u, r)) >> c;
+            for (int64_t y = 0; y < kChunk; y += L)
+              select(lane_mask<S>(own, y), V::load(out + r * kKeys + y), V::load(w.s + r * kKeys + c + y)).store(w.s + r * kKeys + c + y);
+          }
+        first = false;
+      }
+    }
+  }
+
+  uint64_t region_bits(const Unit& u, const Tile& t, int x, int64_t i) const {
+    const int64_t I = i + u.offset;
+    const pos::Range r = pos::keys_of_region(p.region, x, I, I + 1, t.j0, t.j0 + t.n);
+    return range_bits(r.lo - t.j0, r.hi - t.j0);
+  }
+
+  // T over the offsets of the tile's keys from row I.
+  static void look_up(const S* table, BiasForm form, int64_t len, int64_t I, const Tile& t, S* out) {
+    const auto index = [&](int64_t x) { return pos::table_index(form, I - t.key(x), len); };
+    if (t.list) {
+      for (int64_t x = 0; x < t.n; ++x) out[x] = t.list[x] < 0 ? S(0) : table[index(x)];
+      return;
+    }
+    // The index moves by one with the key, between the clamps.
+    const int64_t a = index(0), e = index(t.n - 1);
+    if (a == e) for (int64_t x = 0; x < t.n; ++x) out[x] = table[a];
+    else if (e - a == t.n - 1) std::memcpy(out, table + a, size_t(t.n) * sizeof(S));
+    else if (a - e == t.n - 1) for (int64_t x = 0; x < t.n; ++x) out[x] = table[a - x];
+    else for (int64_t x = 0; x < t.n; ++x) out[x] = table[index(x)];
+  }
+
+  // Positions of the keys relative to the tile's first, so that large prefixes cancel before any product (bias.md 5.1).
+  struct Anchor {
+    S w0 = 0;
+    double base = 0;
+  };
+  Anchor place_keys(const HeadBias<S>& hb, const Tile& t, Scratch& w) const {
+    Anchor a;
+    int64_t first = 0;
+    while (t.list && first < t.n - 1 && t.list[first] < 0) ++first;
+    const int64_t j0 = t.list && t.list[first] < 0 ? 0 : t.key(first);
+    if (!hb.w) {
+      if (hb.u) a.w0 = S(j0);
+      else a.base = double(j0);
+      for (int64_t x = 0; x < t.n; ++x) w.y[x] = S(t.key(x) - j0);
+      return a;
+    }
+    a.w0 = hb.w[j0];
+    a.base = hb.base ? hb.base[j0 / kPrefixBlock] : 0;
+    if (t.next >= 0)
+      for (int64_t x = 0; x < kKeys; x += 64 / int64_t(sizeof(S))) __builtin_prefetch(hb.w + t.next + x, 0, 2);
+    if (!t.list && t.n == kKeys)
+      for (int64_t x = 0; x < kKeys; x += L) (V::load(hb.w + j0 + x) - V(a.w0)).store(w.y + x);
+    else if (!t.list)
+      for (int64_t x = 0; x < t.n; ++x) w.y[x] = hb.w[j0 + x] - a.w0;
+    else
+      for (int64_t x = 0; x < t.n; ++x) {
+        const int64_t j = t.list[x] < 0 ? j0 : t.list[x];
+        w.y[x] = S(hb.base ? hb.base[j / kPrefixBlock] - a.base : 0) + (hb.w[j] - a.w0);
+      }
+    return a;
+  }
+
+  // Everything added to the products of row r, in log2 units; false: nothing is. `a` and w.y are those of the row's head.
+  bool bias_row(const Unit& u, const Tile& t, int64_t r, const HeadBias<S>& hb, Anchor a, Scratch& w) const {
+    const Bias& bias = p.bias;
+    const int64_t h = head_of(u, r), i = query_of(u, r), I = i + u.offset;
+    bool have = false;
+    if (pos::is_rel_fn(hb.form)) {
+      const S g = (hb.gamma ? hb.gamma[i * hb.gamma_step] : S(1)) * S(kLog2e);
+      S own;  // the row's position relative to the anchor
+      if (hb.u) own = hb.w ? S(0 - a.base) + (hb.u[i] - a.w0) : hb.u[i] - a.w0;
+      else if (hb.w) own = S((hb.base ? hb.base[I / kPrefixBlock] : 0) - a.base) + (hb.w[I] - a.w0);
+      else own = S(double(I) - a.base);
+      pos::with_form(hb.form, [&](auto phi) {
+        for (int64_t x = 0; x < kKeys; x += L) (V(g) * phi.value(V(own) - V::load(w.y + x), V(hb.p0), V(hb.p1))).store(w.bias + x);
+      });
+      have = true;
+    } else if (pos::is_table(hb.form)) {
+      look_up(hb.raw_table, hb.form, bias.table_len, I, t, w.bias);
+      for (int64_t x = 0; x < kKeys; x += L) (V::load(w.bias + x) * V(S(kLog2e))).store(w.bias + x);
+      have = true;
+    }
+    const auto add = [&](auto value) {
+      for (int64_t x = 0; x < t.n; ++x) {
+        const int64_t j = t.key(x);
+        const S e = j < 0 ? S(0) : value(j) * S(kLog2e);
+        w.bias[x] = have ? w.bias[x] + e : e;
+      }
+      have = true;
+    };
+    if (bias.dense) {
+      const S* e = at<S>(bias.dense, u.b, h, i);
+      const int64_t step = bias.dense_sk;
+      add([&](int64_t j) { return e[j * step]; });
+    }
+    if (bias.pairs) {
+      const S* e = at<S>(bias.pairs, u.b, h, bias.q_seg[u.b * bias.q_seg_sb + i]);
+      const int32_t* seg = bias.k_seg + u.b * bias.k_seg_sb;
+      add([&](int64_t j) { return e[seg[j]]; });
+    }
+    return have;
+  }
+
+  // What multiplies the products of row r, in w.mul; false: nothing does.
+  bool factor_row(const Unit& u, const Tile& t, int64_t r, Scratch& w) const {
+    const Bias& bias = p.bias;
+    if (!bias.omega && !bias.factor) return false;
+    const int64_t h = head_of(u, r), i = query_of(u, r), I = i + u.offset;
+    if (bias.omega) look_up(at<S>(bias.omega, 0, h), bias.form, bias.table_len, I, t, w.mul);
+    if (bias.factor) {
+      const S* e = at<S>(bias.factor, u.b, h, bias.q_seg[u.b * bias.q_seg_sb + i]);
+      const int32_t* seg = bias.k_seg + u.b * bias.k_seg_sb;
+      for (int64_t x = 0; x < t.n; ++x) {
+        const int64_t j = t.key(x);
+        const S f = j < 0 ? S(1) : e[seg[j]];
+        w.mul[x] = bias.omega ? w.mul[x] * f : f;
+      }
+    }
+    return true;
+  }
+
+  // Scores, running maximum, P and its sums.
+  void soften(const Unit& u, const Tile& t, Scratch& w) const {
+    const V cap_in(S(p.softcap > 0 ? kLn2 / p.softcap : 0)), cap_out(S(p.softcap_mul * kLog2e));
+    const bool positions = pos::is_rel_fn(p.bias.form);
+    Anchor anchor;
+    int64_t placed = -1;
+    for (int64_t r = 0; r < R; ++r) {
+      S* s = w.s + r * kKeys;
+      const int64_t g = head_of(u, r) - u.hk * group;
+      const HeadBias<S>& hb = w.heads[g];
+      // Heads that share their positions share w.y.
+      if (positions && (placed < 0 || (g != placed && p.bias.w.sh != 0))) {
+        anchor = place_keys(hb, t, w);
+        placed = g;
+      }
+      const bool has_bias = bias_row(u, t, r, hb, anchor, w), has_factor = factor_row(u, t, r, w);
+      const V c(w.scale[r]);
+      const uint64_t seen = w.seen[r];
+      V best(-kInf<S>);
+      for (int64_t x = 0; x < kKeys; x += L) {
+        V y = V::load(s + x) * c;
+        if (has_factor) y = y * V::load(w.mul + x);
+        if (p.softcap > 0 && !p.softcap_bias) y = cap_out * tanh(y * cap_in);
+        if (has_bias) y = y + V::load(w.bias + x);
+        if (p.softcap_bias) y = cap_out * tanh(y * cap_in);
+        if (seen != ~uint64_t(0)) y = select(lane_mask<S>(seen, x), y, V(-kInf<S>));
+        y.store(s + x);
+        best = max(y, best);  // drops NaN, which reaches the sum through P
+      }
+      const S top = highest(best);
+      w.l[r] = top > w.m[r] ? rescale(w, r, top) : w.l[r];
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      S* s = w.s + r * kKeys;
+      const V m(w.m[r] == -kInf<S> ? S(0) : w.m[r]);
+      V sum(S(0));
+      for (int64_t x = 0; x < kKeys; x += L) {
+        const V e = exp2(V::load(s + x) - m);
+        sum = sum + e;
+        if constexpr (E::kPack == 1) e.store(w.pt + r * kUnits + x);
+#if defined(__AVX512BF16__)
+        else store_bf16(reinterpret_cast<uint16_t*>(w.pt + r * kUnits) + x, e);
+#endif
+      }
+      w.l[r] += reduce_add(sum);
+    }
+  }
+
+  static FASTPE_INLINE S highest(V x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return _mm512_reduce_max_ps(__m512(x.v));
+#endif
+    return reduce_max(x);
+  }
+  // Raises m of row r; returns the row's sum against the new m.
+  S rescale(Scratch& w, int64_t r, S top) const {
+    const S old = w.m[r];
+    w.m[r] = top;
+    if (old == -kInf<S>) return w.l[r];  // nothing yet, or NaN
+    const S a = exp2(V(old - top)).v[0];
+    S* o = w.o + r * v_units * E::kPack;
+    for (int64_t e = 0; e < v_units * E::kPack; e += L) (V::load(o + e) * V(a)).store(o + e);
+    return w.l[r] * a;
+  }
+
+  void values(const Unit& u, const Tile& t, uint64_t any, Scratch& w) const {
+    Operand<U> v[kChunks];
+    uint32_t live = 0;
+    const bool stored = as_stored(p.v, p.Dv);
+    const int64_t wide = v_units * E::kPack;
+    for (int c = 0; c < kChunks; ++c) {
+      if (!(any >> (c * kChunk) & 0xffff)) continue;
+      live |= 1u << c;
+      if (stored && (c + 1) * kChunk <= t.n) {
+        v[c] = {row_at(p.v, u, t.j0 + c * kChunk), p.v.sn / E::kPack};
+        continue;
+      }
+      v[c] = {w.v + c * kChunk * v_units, v_units};
+      for (int64_t y = 0; y < kChunk; ++y) {
+        U* out = w.v + (c * kChunk + y) * v_units;
+        const int64_t j = c * kChunk + y < t.n ? t.key(c * kChunk + y) : -1;
+        if (j < 0) {
+          std::memset(out, 0, size_t(v_units) * sizeof(U));
+          continue;
+        }
+        const Place a = place(u, j);
+        load_row(w.row, p.v, p.dtype, a.b, u.hk, a.n, p.Dv);
+        for (int64_t e = p.Dv; e < wide; ++e) w.row[e] = 0;
+        pack_row<E>(out, w.row, wide);
+      }
+    }
+    // The keys of the next tile, a share of their lines for every block of channels of the first rows.
+    Ahead next[kChunks], none[kChunks];
+    if (t.next >= 0)
+      for (int c = 0; c < kChunks; ++c) next[c] = ahead_of(p.k, u, t.next + c * kChunk, p.D);
+    by_rows<S>(R, [&](auto n, int64_t r) {
+      constexpr int RB = decltype(n)::value;
+      const U* pt = w.pt + r * kUnits;
+      S* o = w.o + r * wide;
+      int64_t e = 0;  // vectors of the accumulator; a vector of bf16 operands makes two of them
+      const int64_t all = wide / L;
+      const auto share = [&](int64_t from, int64_t to) {
+        for (int c = 0; c < kChunks; ++c) {
+          next[c].first = p.D * size * from / all / 64 * 64;
+          next[c].last = p.D * size * to / all / 64 * 64;
+        }
+        return r == 0 ? next : none;
+      };
+      for (; e + 4 <= all; e += 4) weigh<E, RB, 4>(v, live, e * L / E::kPack, pt, o + e * L, wide, share(e, e + 4));
+      if (e + 2 <= all) { weigh<E, RB, 2>(v, live, e * L / E::kPack, pt, o + e * L, wide, share(e, e + 2)); e += 2; }
+      if constexpr (E::kPack == 1)
+        if (e < all) weigh<E, RB, 1>(v, live, e * L, pt, o + e * L, wide, share(e, all));
+    });
+  }
+
+  void leave(int64_t task, bool started, Scratch& w) const {
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t x = task * R + r;
+      part_m[x] = started ? w.m[r] : -kInf<S>;
+      part_l[x] = started ? w.l[r] : S(0);
+      if (!started) continue;
+      S* out = part_o + x * p.Dv;
+      const S* o = w.o + r * v_units * E::kPack;
+      if constexpr (E::kPack == 1) {
+        std::memcpy(out, o, size_t(p.Dv) * sizeof(S));
+      } else {
+        for (int64_t e = 0; e < v_units * E::kPack; ++e)
+          if (const int64_t c = channel_of<E>(e); c < p.Dv) out[c] = o[e];
+      }
+    }
+  }
+
+  // ---- joining the splits -------------------------------------------------------------------------------------------------
+
+  void join_task(int64_t task, int worker) {
+    Scratch w = scratch(worker);
+    const int64_t b = task / p.H, h = task % p.H;
+    for (int64_t i = 0; i < p.Nq; ++i) join(b, h, i, w);
+  }
+
+  // Place of a row's part of split 0, and the step from split to split.
+  int64_t part_of(int64_t b, int64_t h, int64_t i) const {
+    const int64_t hk = h / group, g = h % group;
+    const int64_t sub = !d.list ? 0 : d.list_by_head ? g * p.Nq + i : i;
+    const int64_t r = !d.list ? g * p.Nq + i : d.list_by_head ? 0 : g;
+    return ((b * p.Hk + hk) * units_per_head + sub) * R + r;
+  }
+
+  void join(int64_t b, int64_t h, int64_t i, Scratch& w) const {
+    const int64_t first = part_of(b, h, i), step = p.B * p.Hk * units_per_head * R;
+    const S* sink = at<S>(p.sink, 0, h);
+    double top = sink ? double(*sink) * kLog2e : -__builtin_inf();
+    for (int64_t x = 0; x < splits; ++x) {
+      const double m = double(part_m[first + x * step]);
+      top = m > top ? m : top;
+    }
+    // A row that has seen nothing, or only NaN: any finite reference does.
+    const double ref = top == -__builtin_inf() ? 0 : top;
+    double total = sink ? __builtin_exp2(double(*sink) * kLog2e - ref) : 0;
+    S* o = w.row;
+    for (int64_t e = 0; e < p.Dv; ++e) o[e] = 0;
+    for (int64_t x = 0; x < splits; ++x) {
+      const int64_t at = first + x * step;
+      if (part_l[at] == 0) continue;  // saw nothing; NaN keeps its way
+      const double f = part_m[at] == -kInf<S> ? 1 : __builtin_exp2(double(part_m[at]) - ref);
+      total += double(part_l[at]) * f;
+      const S* po = part_o + at * p.Dv;
+      for (int64_t e = 0; e < p.Dv; ++e) o[e] += S(f) * po[e];
+    }
+    const S inv = total == 0 ? S(0) : S(1 / total);
+    for (int64_t e = 0; e < p.Dv; ++e) o[e] *= inv;
+    static_cast<S*>(p.lse)[(b * p.H + h) * p.Nq + i] = total == 0 ? -kInf<S> : S((ref + __builtin_log2(total)) * kLn2);
+    store_row(o, p.o, p.dtype, b, h, i, p.Dv);
+    if (p.residual.p) {
+      S* rounded = w.o;
+      load_row(rounded, p.o, p.dtype, b, h, i, p.Dv);
+      for (int64_t e = 0; e < p.Dv; ++e) o[e] -= rounded[e];
+      store_row(o, p.residual, p.dtype, b, h, i, p.Dv);
+    }
+  }
+};
+
+template <class E>
+void decode(const DecodeParams& p, const Runtime& rt, TileStats* stats) {
+  Decode<E>(p, rt, stats).run();
+}
+
+}  // namespace
+
+void attn_decode(const DecodeParams& p, const Runtime& rt, TileStats* stats) {
+  if (p.attn.dtype == DType::f64) return decode<OpF64>(p, rt, stats);
+#if defined(__AVX512BF16__)
+  if (p.attn.dtype == DType::bf16 && !exact_rows(p.attn)) return decode<OpBF16>(p, rt, stats);
+#endif
+  decode<OpF32>(p, rt, stats);
+}
+
+}  // namespace fastpe::cpu::FASTPE_ISA
