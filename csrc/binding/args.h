@@ -433,8 +433,15 @@ inline bool beyond_bands(const AttnParams& p) {
   return p.region.kind != RegionKind::none || p.vis.intervals || p.vis.lower || p.vis.relation || p.vis.map;
 }
 
+// Keys and values that are not (B,Hk,Nk,..) in order (ops_decode.cpp).
+struct KeyStore {
+  bool paged = false;   // pools (pages, Hk, page size, ..) holding `keys` keys of a batch
+  int64_t keys = 0;
+  bool turned = false;  // rows of k_rope are chosen by entry, not by key
+};
+
 // Everything but the outputs.
-inline AttnParams read_attn(const char* op, const AttnArgs& a) {
+inline AttnParams read_attn(const char* op, const AttnArgs& a, const KeyStore& store = {}) {
   const Call c{op, a.q};
   const Tensor &q = a.q, &k = a.k, &v = a.v;
   AttnParams p;
@@ -446,8 +453,10 @@ inline AttnParams read_attn(const char* op, const AttnArgs& a) {
     check_device(c, name, t);
     check_dtype(c, name, t, q.scalar_type());
   }
-  check_shape(c, "k", k, {{p.B}, {p.Hk}, {p.Nk}, {p.D}});
-  check_shape(c, "v", v, {{p.B}, {p.Hk}, {p.Nk}, {p.Dv}});
+  const int64_t batches = store.paged ? k.size(0) : p.B;
+  check_shape(c, "k", k, {{batches}, {p.Hk}, {p.Nk}, {p.D}});
+  check_shape(c, "v", v, {{batches}, {p.Hk}, {p.Nk}, {p.Dv}});
+  if (store.paged) p.Nk = store.keys;
   check(op, p.Hk > 0 ? p.H % p.Hk == 0 : p.H == 0, "k has ", p.Hk, " heads, which does not divide q's ", p.H);
   for (const int64_t d : {p.D, p.Dv}) check(op, d >= 8 && d <= 256 && d % 8 == 0, "head sizes must be 8 to 256 in steps of 8, got ", p.D, " for q and k, ", p.Dv, " for v");
   p.q = read_view(c, "q", q);
@@ -461,7 +470,7 @@ inline AttnParams read_attn(const char* op, const AttnArgs& a) {
   if (a.q_rope) {
     const int64_t regions = pos::region_count(p.region.kind);
     p.q_rope = read_rope(c, "q_rope", *a.q_rope, aux, p.B, p.H, p.Nq, regions);
-    p.k_rope = read_rope(c, "k_rope", *a.k_rope, aux, p.B, p.Hk, p.Nk, a.k_rope->dim() == 5 && a.k_rope->size(0) == 2 ? 1 : regions);
+    p.k_rope = read_rope(c, "k_rope", *a.k_rope, aux, p.B, p.Hk, store.turned ? a.k_rope->size(3) : p.Nk, a.k_rope->dim() == 5 && a.k_rope->size(0) == 2 ? 1 : regions);
     p.rope_pairs = a.q_rope->size(4);
     check(op, a.k_rope->size(4) == p.rope_pairs, "q_rope has ", p.rope_pairs, " pairs, k_rope has ", a.k_rope->size(4));
     check(op, p.rope_pairs >= 1 && 2 * p.rope_pairs <= p.D, "q_rope rotates ", 2 * p.rope_pairs, " channels, q has ", p.D);

@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
       "Tensor dcols, Tensor ddense, Tensor dfactor, Tensor dpairs, Tensor drow_q, "
       "Tensor drow_e, Tensor dcol_k, Tensor dcol_e)");
   m.def(
+      "attn_decode(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS
+      ", Tensor? pages, Tensor? lengths, Tensor? list, Tensor? turn) -> (Tensor out, Tensor lse)");
+  m.def(
       "cope_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_COPE_ARGS
       ", bool training) -> (Tensor out, Tensor lse, Tensor carry, Tensor residual)");
   m.def(

@@ -6,7 +6,9 @@ from . import bias, config, mask, nn, positions, recipes, reference, region, rop
 from ._info import info
 from ._rope import Rope
 from ._stats import tile_stats
+from ._decode import gather_attention
 from .attention import attention
+from .cache import KVCache
 from .landmark import landmark_attention, landmark_retrieval
 from .mass import attention_mass, attention_rows
 from .merge import merge
@@ -17,6 +19,7 @@ from .rotary import apply_rotary
 __version__ = info()["fastpe"]
 
 __all__ = [
+    "KVCache",
     "Prefix",
     "Rope",
     "__version__",
@@ -27,6 +30,7 @@ __all__ = [
     "attention_rows",
     "bias",
     "config",
+    "gather_attention",
     "info",
     "landmark_attention",
     "landmark_retrieval",

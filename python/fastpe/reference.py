@@ -11,12 +11,13 @@ import torch
 from . import _check
 from ._call import Call
 from ._cope import Contextual
+from ._reference_decode import gather_attention
 from ._reference_parts import attention_mass, attention_rows, landmark_attention, merge
 from ._reference_rope import rotate
 
 Tensor = torch.Tensor
 
-__all__ = ["apply_rotary", "attention", "attention_mass", "attention_rows", "landmark_attention", "merge", "prefix_sum", "rotate", "softmax_attention"]
+__all__ = ["apply_rotary", "attention", "attention_mass", "attention_rows", "gather_attention", "landmark_attention", "merge", "prefix_sum", "rotate", "softmax_attention"]
 
 
 def attention(
