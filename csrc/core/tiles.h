@@ -18,7 +18,7 @@ constexpr int64_t kFewQueries = 8;
 constexpr int64_t kDecodeKeys = 64;  // keys of a tile
 // Keys of a split, the unit of work, for so many rows that share their keys: enough splits to keep threads busy with one
 // sequence, few enough that the partial results stay below 2 % of the keys and values read.
-constexpr int64_t decode_split(int64_t rows) { return rows <= 16 ? 256 : 1024; }
+constexpr int64_t decode_split(int64_t rows) { return rows <= 16 ? 512 : 1024; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -555,10 +555,15 @@ struct Decode {
   // Chunk c of the tile, all of whose keys exist, turned by the table of region x.
   template <DType T>
   void turn_chunk(const Unit& u, const Tile& t, int64_t c, int x, Scratch& w) const {
-    for (int64_t y = 0; y < kChunk; ++y) {
-      const int64_t j = t.key(c + y), at_row = u.turn ? u.turn[t.x0 + c + y] : j;
+    const int64_t j0 = t.j0 + c, j1 = j0 + kChunk;
+    const bool by_key = p.k_rope.sr && pos::region_by_key(p.region.kind);
+    const char* row = reinterpret_cast<const char*>(row_at(p.k, u, j0));
+    for (int64_t j = j0; j < j1;) {
+      // A run of keys that one table turns.
+      const int64_t end = by_key && j < p.region.size && p.region.size < j1 ? p.region.size : j1;
       const Rope rope = key_rope<S>(p, x, j);
-      load_turned<T>(w.k + y * k_units, reinterpret_cast<const char*>(row_at(p.k, u, j)), at<S>(rope.cos, u.b, u.hk, at_row), at<S>(rope.sin, u.b, u.hk, at_row));
+      const S *cos = at<S>(rope.cos, u.b, u.hk, j), *sin = at<S>(rope.sin, u.b, u.hk, j);
+      for (; j < end; ++j, row += p.k.sn * size, cos += rope.cos.sn, sin += rope.sin.sn) load_turned<T>(w.k + (j - j0) * k_units, row, cos, sin);
     }
   }
 
@@ -571,6 +576,11 @@ struct Decode {
 
   void scores(const Unit& u, const Tile& t, uint64_t any, Scratch& w) const {
     const bool turned_alike = !p.k_rope.sr || pos::region_by_key(p.region.kind);
+    uint64_t holds[kMaxRegions] = {any, any, any};  // keys some row sees in the region
+    for (int x = 0; regions > 1 && x < int(regions); ++x) {
+      const pos::Range r = pos::keys_of_region(p.region, x, u.offset, u.offset + p.Nq, t.j0, t.j0 + t.n);
+      holds[x] &= range_bits(r.lo - t.j0, r.hi - t.j0);
+    }
     for (int64_t c = 0; c < t.n; c += kChunk) {
       if (!(any >> c & 0xffff)) continue;
       Ahead ahead;  // the values that go with these keys
@@ -578,12 +588,7 @@ struct Decode {
       Operand<U> k;
       bool loaded = false, first = true;
       for (int x = 0; x < int(regions); ++x) {
-        uint64_t in_region = ~uint64_t(0);
-        if (regions > 1) {
-          in_region = 0;
-          for (int64_t i = 0; i < p.Nq; ++i) in_region |= region_bits(u, t, x, i);
-          if (!(in_region & any & uint64_t(0xffff) << c)) continue;
-        }
+        if (!(holds[x] >> c & 0xffff)) continue;
         if (!loaded || !turned_alike) k = keys_of(u, t, c, x, w);
         loaded = true;
         S* out = (first ? w.s : w.other) + c;

@@ -27,7 +27,7 @@ def gather_attention(
     (B, H, Nq, D), (Hk, Nk), n = query.shape, key.shape[1:3], index.shape[3]
     renumber = key_positions is not None
     own = torch.arange(Nk - Nq, Nk, device=query.device) if positions is None else positions
-    q, k, factor, b, visible, tau = dense_parts(
+    q, k, factor, b, visible, tau, _ = dense_parts(
         query, key, value, rope=None if renumber else rope, bias=bias, mask=mask, region=None, positions=None if rope is None or renumber else own,
         key_positions=None if rope is None or renumber else torch.arange(Nk, device=query.device), scale=scale, head_scale=head_scale,
         row_scale=row_scale, temperature=temperature, is_causal=is_causal,
