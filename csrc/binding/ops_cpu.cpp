@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "args.h"
+#include "core/tiles.h"
 #include "runtime.h"
 
 namespace fastpe::binding {
@@ -23,7 +24,13 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
     p.o = view(out, out.mutable_data_ptr());
     p.lse = lse.mutable_data_ptr();
     Stats stats;
-    cpu::kernels().attn_fwd(p, runtime(), stats.get());
+    if (p.Nq <= tiles::kFewQueries && pos::decode_takes(p.bias)) {
+      DecodeParams d;
+      d.attn = p;
+      cpu::kernels().attn_decode(d, runtime(), stats.get());
+    } else {
+      cpu::kernels().attn_fwd(p, runtime(), stats.get());
+    }
   }
   return {out, lse, residual};
 }

@@ -12,11 +12,6 @@ void forward(const AttnParams& p, const Runtime& rt, TileStats* stats) {
 }  // namespace
 
 void attn_fwd(const AttnParams& p, const Runtime& rt, TileStats* stats) {
-  if (p.Nq <= tiles::kFewQueries && pos::decode_takes(p.bias)) {
-    DecodeParams d;
-    d.attn = p;
-    return attn_decode(d, rt, stats);
-  }
   if (p.dtype == DType::f64) return forward<OpF64>(p, rt, stats);
 #if defined(__AVX512BF16__)
   if (p.dtype == DType::bf16 && !exact_rows(p)) return forward<OpBF16>(p, rt, stats);

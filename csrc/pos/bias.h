@@ -96,7 +96,8 @@ constexpr FASTPE_HD bool has_terms(const Bias& b) {
 }
 // Biases that the kernel for few queries has.
 constexpr FASTPE_HD bool decode_takes(const Bias& b) {
-  return b.form != BiasForm::fire && !(is_table(b.form) && (b.u.p || b.w.p)) && !b.rows.p && !b.cols.p;
+  const bool form = b.form == BiasForm::none || is_rel_fn(b.form) || (is_table(b.form) && !b.u.p && !b.w.p);
+  return form && !b.rows.p && !b.cols.p && !b.row_e.p && !b.col_e.p;
 }
 constexpr FASTPE_HD bool is_composed(const AttnParams& p) { return p.softcap > 0 || has_terms(p.bias); }
 

@@ -9,11 +9,14 @@ from ._call import Call, OpBias
 from ._cope import Contextual
 from ._rope import Rope
 from .attention import _LAYOUTS, _autocast, _check_kinds, _check_qkv, _divide_by_temperature, _rotation, _row_scale, _sink
-from .bias import Bias
+from .bias import FORMS, Bias
 from .mask import Mask, causal
 from .ops import aux_dtype
 
 Tensor = torch.Tensor
+
+# csrc/pos/bias.h: decode_takes.
+_FORMS = {FORMS[name] for name in ("none", "linear", "signed", "abs", "log", "power", "logsq", "table", "table_causal")}
 
 
 @torch.library.register_fake("fastpe::attn_decode")
@@ -37,7 +40,8 @@ def run(
     if isinstance(bias, Contextual):
         raise NotImplementedError(f"{where}: bias {type(bias).__name__} reads every earlier key; use fastpe.attention")
     b = OpBias() if bias is None else bias.op_args(call)
-    if b.pieces is not None or b.rows is not None or b.cols is not None or (b.table is not None and (b.u is not None or b.w is not None)):
+    taken = b.form in _FORMS and (b.table is None or (b.u is None and b.w is None))
+    if not taken or any(x is not None for x in (b.rows, b.cols, b.row_e, b.col_e)):
         raise NotImplementedError(
             f"{where}: bias {type(bias).__name__} does not go with lists and pages of keys; use fastpe.attention on contiguous keys"
         )
@@ -67,7 +71,7 @@ def run(
         b.factor, b.pairs, b.q_seg, b.k_seg,
         seen.intervals, seen.lower, seen.q_seg, seen.k_seg, seen.relation, seen.block_map, seen.block_q, seen.block_k,
         0 if region is None else region.kind, 1 if region is None else region.size,
-        pages, lengths, index, turn,
+        b.row_q, b.row_e, b.col_k, b.col_e, pages, lengths, index, turn,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
