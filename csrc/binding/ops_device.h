@@ -14,6 +14,7 @@
 
 #include "args.h"
 #include "cuda/launch.h"
+#include "merge.h"
 
 namespace fastpe::binding {
 
@@ -34,7 +35,6 @@ inline void check_half(const char* op, const Tensor& q) {
 }
 
 inline void check_supported(const char* op, const AttnParams& p) {
-  check(op, !beyond_bands(p), "the CUDA kernels do not have regions, intervals, segments or block maps yet; call on the CPU");
   check(op, !p.bias.row_e && !p.bias.col_e, "the CUDA kernels do not have products with tables yet; give their terms as bias_rows and bias_cols");
 }
 
@@ -141,6 +141,29 @@ DeviceGrads device_attn_bwd(
   return g;
 }
 
+// ---- merging --------------------------------------------------------------------------------------------------------
+
+inline void check_merges(const char* op, const MergeParams& p) {
+  check(op, p.dtype != DType::f64, "the CUDA kernels take float32, bfloat16 and float16, got float64");
+  check(op, p.P <= cuda::merge_parts(), "the CUDA kernels merge at most ", cuda::merge_parts(), " parts at once, got ", p.P, "; merge some of them first");
+}
+template <class Queue>
+std::tuple<Tensor, Tensor> device_merge_fwd(Parts outs, Parts lses, std::vector<double> factors) {
+  return merge_fwd_on(outs, lses, factors, [&](const MergeParams& p) {
+    check_merges("merge_fwd", p);
+    Queue queue(outs[0]);
+    started("merge_fwd", cuda::merge_fwd(p, queue.stream()));
+  });
+}
+template <class Queue>
+std::tuple<Parts, Tensor> device_merge_bwd(OptTensor dout, OptTensor dlse, Parts outs, Parts lses, std::vector<double> factors, int64_t needs) {
+  return merge_bwd_on(dout, dlse, outs, lses, factors, needs, [&](const MergeBwdParams& b) {
+    check_merges("merge_bwd", b.fwd);
+    Queue queue(outs[0]);
+    started("merge_bwd", cuda::merge_bwd(b, queue.stream()));
+  });
+}
+
 // ---- rotation -------------------------------------------------------------------------------------------------------
 
 inline void check_rotates(const char* op, const RotateParams& p) {
@@ -240,6 +263,8 @@ template <class Queue, class Library>
 void implement_device_ops(Library& m) {
   m.impl("attn_fwd", TORCH_BOX(&device_attn_fwd<Queue>));
   m.impl("attn_bwd", TORCH_BOX(&device_attn_bwd<Queue>));
+  m.impl("merge_fwd", TORCH_BOX(&device_merge_fwd<Queue>));
+  m.impl("merge_bwd", TORCH_BOX(&device_merge_bwd<Queue>));
   m.impl("rope_table", TORCH_BOX(&device_rope_table<Queue>));
   m.impl("rotate", TORCH_BOX(&device_rotate<Queue>));
   m.impl("rotate_", TORCH_BOX(&device_rotate_<Queue>));

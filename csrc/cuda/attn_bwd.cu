@@ -35,8 +35,14 @@ BwdArgs carve(const AttnBwdParams& a, Carver& c) {
   BwdArgs g{};
   if (const int64_t n = term_sums(a)) g.term_sums = c.take<float>(n);
   g.a = a;
-  g.q = p.q_rope.cos.p ? dense(c.take<uint16_t>(rows * p.D), p.H, p.Nq, p.D) : p.q;
-  g.k = p.k_rope.cos.p ? dense(c.take<uint16_t>(p.B * p.Hk * p.Nk * p.D), p.Hk, p.Nk, p.D) : p.k;
+  const int64_t regions = pos::region_count(p.region.kind), q_all = rows * p.D, k_all = p.B * p.Hk * p.Nk * p.D;
+  g.q = p.q_rope.cos.p ? dense(c.take<uint16_t>(regions * q_all), p.H, p.Nq, p.D) : p.q;
+  g.k = p.k_rope.cos.p ? dense(c.take<uint16_t>(key_copies(p) * k_all), p.Hk, p.Nk, p.D) : p.k;
+  g.q_copy = regions > 1 ? q_all : 0;
+  g.k_copy = key_copies(p) > 1 ? k_all : 0;
+  if (regions > 1 && needs(a, need_q)) g.dq_sum = c.take<float>(q_all);
+  if (regions > 1 && needs(a, need_k)) g.dk_sum = c.take<float>(k_all);
+  g.spans = carve_spans(p, c);
   g.delta = c.take<float>(rows);
   g.planes = p.bias.form == BiasForm::two_sided ? 2 : 1;
   // A query position that is the key position at the query's index: its gradient is part of dw.
@@ -165,9 +171,17 @@ int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream) {
   BwdArgs g = carve(a, c);
   int rc = 0;
   if (p.q_rope.cos.p) {
-    if ((rc = rotate_to(p, p.q, g.q, p.q_rope, p.H, p.Nq, stream))) return rc;
-    if ((rc = rotate_to(p, p.k, g.k, p.k_rope, p.Hk, p.Nk, stream))) return rc;
+    for (int x = 0; x < pos::region_count(p.region.kind); ++x) {
+      View q = g.q;
+      q.p = static_cast<uint16_t*>(q.p) + x * g.q_copy;
+      Rope rope = p.q_rope;
+      rope.cos.p = static_cast<float*>(rope.cos.p) + x * rope.sr;
+      rope.sin.p = static_cast<float*>(rope.sin.p) + x * rope.sr;
+      if ((rc = rotate_to(p, p.q, q, rope, p.H, p.Nq, stream))) return rc;
+    }
+    if ((rc = prepare_keys(p, static_cast<uint16_t*>(g.k.p), nullptr, stream))) return rc;
   }
+  if ((rc = prepare_spans(p, g.spans, stream))) return rc;
   g.aligned_q = aligned(g.q);
   g.aligned_k = aligned(g.k);
   g.aligned_v = aligned(p.v);

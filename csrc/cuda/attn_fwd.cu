@@ -8,18 +8,18 @@
 namespace fastpe::cuda {
 namespace {
 
-bool may_skip(const AttnParams& p) { return p.skip_eps > 0 && kind_of(p) != Kind::none && kind_of(p) != Kind::composed && !(p.softcap > 0); }
+bool may_skip(const AttnParams& p) { return p.skip_eps > 0 && p.region.kind == RegionKind::none && kind_of(p) != Kind::none && kind_of(p) != Kind::composed && !(p.softcap > 0); }
 
 Prepared carve(const AttnParams& p, Carver& c) {
   const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
   Prepared x;
   x.k = p.k;
-  if (p.k_rope.cos.p) x.k = dense(c.take<uint16_t>(p.B * p.Hk * p.Nk * p.D), p.Hk, p.Nk, p.D);
-  if (p.vis.k_ids) {
-    const int64_t rows = p.vis.k_ids_sb ? p.B : 1;
-    x.k_span = c.take<int32_t>(rows * tiles * 2);
-    x.span_sb = rows > 1 ? tiles * 2 : 0;
+  if (p.k_rope.cos.p) {
+    const int64_t one = p.B * p.Hk * p.Nk * p.D;
+    x.k = dense(c.take<uint16_t>(key_copies(p) * one), p.Hk, p.Nk, p.D);
+    x.k_copy = key_copies(p) > 1 ? one : 0;
   }
+  x.spans = carve_spans(p, c);
   if (!may_skip(p)) return x;
   x.k_norm = c.take<float>(p.B * p.Hk * tiles);
   if (p.bias.w.p) {
@@ -39,18 +39,8 @@ Prepared carve(const AttnParams& p, Carver& c) {
 int prepare(const AttnParams& p, const Prepared& x, void* stream) {
   const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
   const bool rotate = p.k_rope.cos.p != nullptr;
-  int rc = 0;
-  if (rotate || x.k_norm) {
-    const KeysArgs a{p, rotate ? static_cast<uint16_t*>(x.k.p) : nullptr, x.k_norm};
-    const int64_t blocks = p.B * p.Hk * tiles;
-    if (!rc && p.dtype == DType::bf16) rc = launch(&keys_kernel<Bf16>, "keys", blocks, 128, 16, stream, a);
-    else if (!rc) rc = launch(&keys_kernel<F16>, "keys", blocks, 128, 16, stream, a);
-  }
-  if (x.k_span && !rc) {
-    const int64_t total = (p.vis.k_ids_sb ? p.B : 1) * tiles;
-    const SpanArgs a{p.vis.k_ids, 0, p.vis.k_ids_sb, 1, p.Nk, tiles, total, x.k_span};
-    rc = launch(&span_kernel<int32_t>, "id_span", tiles::ceil_div(total, 4), 128, 0, stream, a);
-  }
+  int rc = rotate || x.k_norm ? prepare_keys(p, rotate ? static_cast<uint16_t*>(x.k.p) : nullptr, x.k_norm, stream) : 0;
+  if (!rc) rc = prepare_spans(p, x.spans, stream);
   if (x.w_span && !rc) {
     const int64_t nb = p.bias.w.sb ? p.B : 1, nh = p.bias.w.sh ? p.H : 1, total = nb * nh * tiles;
     const SpanArgs a{p.bias.w.p, p.bias.w.sh, p.bias.w.sb, nh, p.Nk, tiles, total, x.w_span};
@@ -75,6 +65,29 @@ int dispatch(int head_dim, const FwdArgs& a, int64_t blocks, void* stream) {
 }
 
 }  // namespace
+
+int prepare_keys(const AttnParams& p, uint16_t* rotated, float* k_norm, void* stream) {
+  const KeysArgs a{p, rotated, k_norm};
+  const int64_t blocks = (rotated ? key_copies(p) : 1) * p.B * p.Hk * tiles::ceil_div(p.Nk, kBlockN);
+  if (p.dtype == DType::bf16) return launch(&keys_kernel<Bf16>, "keys", blocks, 128, 16, stream, a);
+  return launch(&keys_kernel<F16>, "keys", blocks, 128, 16, stream, a);
+}
+
+int prepare_spans(const AttnParams& p, const Spans& s, void* stream) {
+  int rc = 0;
+  // Rows of one plane lie n apart.
+  const auto span = [&](const int32_t* x, int64_t sb, int64_t planes, int64_t n, int32_t* out) {
+    if (!out || rc) return;
+    const int64_t blocks = tiles::ceil_div(n, kBlockN), total = (sb ? p.B : 1) * planes * blocks;
+    const SpanArgs a{x, n, sb, planes, n, blocks, total, out};
+    rc = launch(&span_kernel<int32_t>, "span", tiles::ceil_div(total, 4), 128, 0, stream, a);
+  };
+  span(p.vis.q_ids, p.vis.q_ids_sb, 1, p.Nq, s.q_id);
+  span(p.vis.k_ids, p.vis.k_ids_sb, 1, p.Nk, s.k_id);
+  span(p.vis.lower, p.vis.lower_sb, 1, p.Nq, s.lower);
+  span(p.vis.intervals, p.vis.intervals_sb, 4, p.Nk, s.interval);
+  return rc;
+}
 
 int64_t attn_fwd_blocks(const AttnParams& p) { return p.B * p.H * tiles::ceil_div(p.Nq, fwd_block_m(class_of(p))); }
 

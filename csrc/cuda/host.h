@@ -31,4 +31,25 @@ inline int class_of(const AttnParams& p) { return head_dim_class(p.D > p.Dv ? p.
 // (B,H,N,D) dense, channels contiguous.
 inline View dense(uint16_t* p, int64_t H, int64_t N, int64_t D) { return {p, H * N * D, N * D, D}; }
 
+// (rows, n) int32 with `planes` rows a batch entry.
+inline int32_t* carve_span(Carver& c, const int32_t* x, int64_t x_sb, int64_t B, int64_t planes, int64_t n, int64_t& sb) {
+  if (!x) return nullptr;
+  const int64_t pairs = planes * tiles::ceil_div(n, kBlockN) * 2;
+  sb = x_sb && B > 1 ? pairs : 0;
+  return c.take<int32_t>((x_sb ? B : 1) * pairs);
+}
+inline Spans carve_spans(const AttnParams& p, Carver& c) {
+  Spans s;
+  const Visibility& v = p.vis;
+  s.q_id = carve_span(c, v.q_ids, v.q_ids_sb, p.B, 1, p.Nq, s.q_id_sb);
+  s.k_id = carve_span(c, v.k_ids, v.k_ids_sb, p.B, 1, p.Nk, s.k_id_sb);
+  s.lower = carve_span(c, v.lower, v.lower_sb, p.B, 1, p.Nq, s.lower_sb);
+  s.interval = carve_span(c, v.intervals, v.intervals_sb, p.B, 4, p.Nk, s.interval_sb);
+  return s;
+}
+
+// attn_fwd.cu. Rotated keys, every copy of them, and norms by tile (may be null).
+int prepare_keys(const AttnParams& p, uint16_t* rotated, float* k_norm, void* stream);
+int prepare_spans(const AttnParams& p, const Spans& s, void* stream);
+
 }  // namespace fastpe::cuda

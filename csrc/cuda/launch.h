@@ -28,4 +28,9 @@ int rotate(const RotateParams& p, void* stream);
 int rope_table(const RopeTableParams& p, void* stream);
 int prefix_sum(const PrefixParams& p, void* stream);
 
+// float32 and the two 16-bit types; at most merge_parts() parts.
+int merge_parts();
+int merge_fwd(const MergeParams& p, void* stream);
+int merge_bwd(const MergeBwdParams& b, void* stream);
+
 }  // namespace fastpe::cuda

@@ -4,6 +4,7 @@
 #include "../core/params.h"
 #include "../core/tiles.h"
 #include "../pos/bias.h"
+#include "../pos/region.h"
 #include "../pos/visible.h"
 
 namespace fastpe::cuda {
@@ -85,14 +86,26 @@ struct TileWalk {
   }
 };
 
+// Smallest and largest number of every 64 queries or keys, as pairs in the workspace; null: not made.
+struct Spans {
+  int32_t *q_id = nullptr, *k_id = nullptr;  // (B|1, blocks or tiles, 2)
+  int32_t* lower = nullptr;                  // (B|1, blocks, 2)
+  int32_t* interval = nullptr;               // (B|1, 4, tiles, 2)
+  int64_t q_id_sb = 0, k_id_sb = 0, lower_sb = 0, interval_sb = 0;
+};
+
+// Rotated copies of the keys: one a region, unless all turn keys alike or the key alone decides.
+inline int64_t key_copies(const AttnParams& p) { return p.k_rope.sr && !pos::region_by_key(p.region.kind) ? pos::region_count(p.region.kind) : 1; }
+
 // What the kernels in front of the forward and backward pass leave in the workspace; null: not made.
 struct Prepared {
   View k;                     // keys: rotated, dense (B,Hk,Nk,D); or the call's own
+  int64_t k_copy = 0;         // from one region's keys to the next; 0: one copy for all
+  Spans spans;
   float* k_norm = nullptr;    // (B*Hk, tiles) largest |k_j| of a tile
-  int32_t* k_span = nullptr;  // (B|1, tiles, 2) smallest and largest key id of a tile
   float* w_span = nullptr;    // (B|1, H|1, tiles, 2) smallest and largest key position of a tile
   float* env = nullptr;       // (H|1, L) largest table entry on the far side of an offset
-  int64_t w_sb = 0, w_sh = 0, span_sb = 0, env_sh = 0;
+  int64_t w_sb = 0, w_sh = 0, env_sh = 0;
 };
 
 }  // namespace fastpe::cuda

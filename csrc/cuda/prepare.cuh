@@ -3,21 +3,23 @@
 #pragma once
 
 #include "plan.h"
-#include "tile.cuh"
+#include "visible_tile.cuh"
 
 namespace fastpe::cuda {
 
 struct KeysArgs {
   AttnParams p;
-  uint16_t* rotated;  // (B,Hk,Nk,D) dense; may be null: keys are not rotated
+  uint16_t* rotated;  // (copies,B,Hk,Nk,D) dense; may be null: keys are not rotated
   float* k_norm;      // (B*Hk, tiles); may be null
 };
 
-// One block per (batch, kv head, tile of keys). The lanes of a warp share rows: as many per row as hold its chunks.
+// One block per (copy, batch, kv head, tile of keys). The lanes of a warp share rows: as many per row as hold its chunks.
 template <class T>
 FASTPE_KERNEL(128, 1) keys_kernel(const FASTPE_GRID_CONSTANT KeysArgs a) {
   const AttnParams& p = a.p;
-  const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN), bk = block_index() / tiles, tile = block_index() % tiles;
+  const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN), row0 = block_index() / tiles, tile = block_index() % tiles;
+  const int64_t bk = row0 % (p.B * p.Hk);
+  const int copy = int(row0 / (p.B * p.Hk));
   const int64_t b = bk / p.Hk, hk = bk % p.Hk;
   const uint32_t lane = lane_index(), warp = warp_index(), base = shared_base();
   const uint32_t chunks = uint32_t(p.D / 8);
@@ -32,8 +34,9 @@ FASTPE_KERNEL(128, 1) keys_kernel(const FASTPE_GRID_CONSTANT KeysArgs a) {
       const uint16_t* row = row_at(p.k, b, hk, j);
       Quad q;
       if (a.rotated) {
-        q = load_chunk_rotated<T>(row, chunk, aux_at<float>(p.k_rope.cos, b, hk, j), aux_at<float>(p.k_rope.sin, b, hk, j), uint32_t(p.rope_pairs), p.rope_layout);
-        *reinterpret_cast<Quad*>(a.rotated + (bk * p.Nk + j) * p.D + chunk * 8) = q;
+        const Rope rope = key_rope(p, copy, j);
+        q = load_chunk_rotated<T>(row, chunk, aux_at<float>(rope.cos, b, hk, j), aux_at<float>(rope.sin, b, hk, j), uint32_t(p.rope_pairs), p.rope_layout);
+        *reinterpret_cast<Quad*>(a.rotated + (row0 * p.Nk + j) * p.D + chunk * 8) = q;
       } else {
         q = load_chunk(row + chunk * 8);
       }

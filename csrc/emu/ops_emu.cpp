@@ -41,6 +41,10 @@ STABLE_TORCH_LIBRARY(fastpe_emu, m) {
       ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dparams, Tensor dgamma, Tensor du, Tensor dw, Tensor dtable, "
       "Tensor drow_scale, Tensor dpieces, Tensor domega, Tensor drows, Tensor dcols, Tensor ddense, Tensor dfactor, Tensor dpairs, Tensor drow_q, "
       "Tensor drow_e, Tensor dcol_k, Tensor dcol_e)");
+  m.def("merge_fwd(Tensor[] outs, Tensor[] lses, float[] factors) -> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_bwd(Tensor? dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, float[] factors, int needs) -> "
+      "(Tensor[] douts, Tensor dlses)");
   m.def("rope_table(Tensor positions, Tensor inv_freq, float amplitude, bool float32_product, bool out_f64) -> Tensor");
   m.def("rotate(Tensor x, Tensor table, int layout, bool inverse) -> Tensor");
   m.def("rotate_(Tensor(a!) x, Tensor table, int layout, bool inverse) -> ()");

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "emu"))
 import emulated  # noqa: E402
 
-OPS = ("attn_fwd", "attn_bwd", "rotate", "rotate_", "rotate_pair", "rotate_pair_", "rope_table", "prefix_sum", "cumsum_exact")
+OPS = ("attn_fwd", "attn_bwd", "rotate", "rotate_", "rotate_pair", "rotate_pair_", "rope_table", "prefix_sum", "cumsum_exact", "merge_fwd", "merge_bwd")
 GPU = torch.cuda.is_available()
 # What runs the kernels. FASTPE_TEST_KERNELS=gpu leaves the emulator out, for a machine where it was run before.
 RUNNERS = [r for r in ("emulator", "gpu") if (r != "gpu" or GPU) and os.environ.get("FASTPE_TEST_KERNELS", r) == r]
@@ -32,12 +32,17 @@ class _Redirect(TorchDispatchMode):
         self.ops = {getattr(torch.ops.fastpe, n).default: getattr(ops, n).default for n in names}
         self.calls, self.move, self.back = 0, move, back
 
+    def moved(self, x):
+        if isinstance(x, (list, tuple)):
+            return [self.moved(y) for y in x]
+        return self.move(x) if self.move and isinstance(x, torch.Tensor) and x.numel() else x
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in self.ops:
             return func(*args, **kwargs)
         self.calls += 1
-        moved = [self.move(x) if self.move and isinstance(x, torch.Tensor) and x.numel() else x for x in args]
+        moved = [self.moved(x) for x in args]
         result = self.ops[func](*moved, **kwargs)
         if self.back is None:
             return result

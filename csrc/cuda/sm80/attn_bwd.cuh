@@ -12,18 +12,22 @@
 // Shared memory: four tiles (Q, dO, K, V) of 64 rows, and 64 numbers of each kind below per query. The accumulators leave
 // through it in float32, where the rotation is undone before the only rounding.
 //
-// delta_i = <dO_i, O_i> - dlse_i. Q and K come rotated. Tiles no pair of which is visible are not touched.
+// delta_i = <dO_i, O_i> - dlse_i. Q and K come rotated. Tiles no pair of which is visible are not touched. With regions
+// (pos/region.h) the tiles of one follow those of the other; dQ and dK of each are un-rotated and added in float32.
 #pragma once
 
 #include "../compose.cuh"
 #include "../plan.h"
-#include "../tile.cuh"
+#include "../visible_tile.cuh"
 
 namespace fastpe::cuda {
 
 struct BwdArgs {
   AttnBwdParams a;
-  View q, k;      // rotated
+  View q, k;      // rotated; a copy for every region
+  int64_t q_copy, k_copy;  // from one region's to the next; 0: one for all
+  float *dq_sum, *dk_sum;  // (B,H,Nq,D), (B,Hk,Nk,D): with regions, what they have added up; else null
+  Spans spans;
   float* delta;   // (B,H,Nq)
   // Sums of one row or one block, float, dense; null: not asked for.
   float *dgamma, *drho;       // (B,H,Nq)
@@ -76,10 +80,11 @@ FASTPE_NOINLINE PhiGrad phi_grad(BiasForm form, float d, float p0, float p1) {
   return r;
 }
 
-// acc[d][e] of each warp's 16 rows, times `factor`, to global memory with the rotation undone. `first` is token 0's row;
-// `rope` belongs to these tokens. The whole block calls it, and reads nothing else from shared memory afterwards.
-template <class T, int kD>
-FASTPE_DEVICE void store_unrotated(float (&acc)[kD / 8][4], float factor, uint32_t smem, const View& out, int64_t b, int64_t h, int64_t n0, int rows, int64_t D, const Rope* rope, int64_t J, RopeLayout layout) {
+// acc[d][e] of each warp's 16 rows, times `factor`, to global memory with the rotation undone. rope_of(token): its table, or
+// null tables. `sums`, if not null, holds (token, D) numbers of the same head: added to unless `first`, and written instead of
+// `out` unless `last`. The whole block calls it; shared memory of two operand tiles is overwritten.
+template <class T, int kD, class RopeOf>
+FASTPE_DEVICE void store_unrotated(float (&acc)[kD / 8][4], float factor, uint32_t smem, const View& out, int64_t b, int64_t h, int64_t n0, int rows, int64_t D, RopeOf&& rope_of, int64_t J, RopeLayout layout, float* sums = nullptr, bool first = true, bool last = true) {
   constexpr uint32_t kPitch = kD * 4;
   sync_block();
   FASTPE_UNROLL
@@ -91,13 +96,20 @@ FASTPE_DEVICE void store_unrotated(float (&acc)[kD / 8][4], float factor, uint32
   FASTPE_NO_UNROLL
   for (int item = int(thread_index()); item < rows * slots; item += kBwdThreads) {
     const int row = item / slots, slot = item % slots;
-    const bool rotated = rope && slot < J, half = rotated && layout == RopeLayout::half;
-    const int first = half ? slot : 2 * slot, second = half ? slot + int(J) : 2 * slot + 1;
-    float x = ld_shared_f32(smem + uint32_t(row) * kPitch + first * 4), y = ld_shared_f32(smem + uint32_t(row) * kPitch + second * 4);
-    if (rotated) pos::rotate_pair(x, y, aux_at<float>(rope->cos, b, h, n0 + row)[slot], -aux_at<float>(rope->sin, b, h, n0 + row)[slot]);
+    const Rope rope = rope_of(n0 + row);
+    const bool rotated = rope.cos.p && slot < J, half = rotated && layout == RopeLayout::half;
+    const int one = half ? slot : 2 * slot, two = half ? slot + int(J) : 2 * slot + 1;
+    float x = ld_shared_f32(smem + uint32_t(row) * kPitch + one * 4), y = ld_shared_f32(smem + uint32_t(row) * kPitch + two * 4);
+    if (rotated) pos::rotate_pair(x, y, aux_at<float>(rope.cos, b, h, n0 + row)[slot], -aux_at<float>(rope.sin, b, h, n0 + row)[slot]);
+    if (sums) {
+      float* s = sums + (n0 + row) * D;
+      if (!first) x += s[one], y += s[two];
+      s[one] = x, s[two] = y;
+    }
+    if (!last) continue;
     uint16_t* to = static_cast<uint16_t*>(out.p) + b * out.sb + h * out.sh + (n0 + row) * out.sn;
-    to[first] = T::narrow(x);
-    to[second] = T::narrow(y);
+    to[one] = T::narrow(x);
+    to[two] = T::narrow(y);
   }
 }
 
@@ -153,15 +165,6 @@ FASTPE_DEVICE void product_nn(float (&acc)[kD / 8][4], const float (&c)[kBwdBloc
   }
 }
 
-// Whether query i sees key j: ids and the dense mask. Indices are in range.
-FASTPE_DEVICE bool sees(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  if (p.vis.k_ids) {
-    const int32_t id = p.vis.k_ids[b * p.vis.k_ids_sb + j];
-    if (id < 0 || id != p.vis.q_ids[b * p.vis.q_ids_sb + i]) return false;
-  }
-  return !p.vis.mask || p.vis.mask[b * p.vis.mask_sb + h * p.vis.mask_sh + i * p.vis.mask_sn + j * p.vis.mask_sk];
-}
-
 template <class T, int kD, Kind kKind>
 FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdArgs g) {
   using Shape = BwdTile<kD>;
@@ -177,10 +180,6 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
   const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sO = smem + Shape::kDo, sK = smem + Shape::kK, sV = smem + Shape::kV, sT = smem + Shape::kTable;
   const auto local_row = [&](int x) { return int(warp_index() * 16 + frag_row(uint32_t(x))); };
   const auto row_of = [&](int x) { return i0 + local_row(x); };
-
-  load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0), g.q.sn, rows, int(p.D), g.aligned_q);
-  load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
-  cp_async_commit();
 
   RowBias<kKind, 2> rb;
   rb.start(p, b, h, offset, row_of);
@@ -198,6 +197,14 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
   }
   const bool bias_grad = kHasPositions<kKind> && (g.du || g.dgamma || g.dparams);
 
+  // One region after the other; without regions there is one.
+  const int regions = pos::region_count(p.region.kind);
+  FASTPE_NO_UNROLL
+  for (int region = 0; region < regions; ++region) {
+  // Shared memory is free: of the region before, or never used.
+  load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
+  load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
+  cp_async_commit();
   float dq[kD / 8][4];
   FASTPE_UNROLL
   for (int d = 0; d < kD / 8; ++d)
@@ -209,11 +216,11 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
   for (int t = walk.next(); t >= 0; t = walk.next()) {
     const int64_t j0 = int64_t(t) * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
     const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
-    if (see.lo >= see.hi) continue;
+    if (see.lo >= see.hi || !tile_has_region(p, region, I0, I1, j0, j1) || !tile_may_see(p, g.spans, b, h, qb, i0, i0 + rows, t, j0, j1)) continue;
     const int keys = int(j1 - j0);
     // Everyone has finished with the tiles of the round before.
     sync_block();
-    load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0), g.k.sn, keys, int(p.D), g.aligned_k);
+    load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
     load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
     cp_async_commit();
     if constexpr (kKind == Kind::table) {
@@ -228,10 +235,15 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
     product_nt<T, kD>(dp, sO, sV);
 
     rb.tile(j0, j1, I0, I1, band.right == 1);
-    const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = p.vis.k_ids || p.vis.mask;
-    Columns seen[2];
+    const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
+    Columns seen[2], own[2];
     FASTPE_UNROLL
-    for (int x = 0; x < 2; ++x) seen[x] = columns_of_row(band, row_of(x) + offset, j0, p.Nk);
+    for (int x = 0; x < 2; ++x) {
+      const int64_t I = row_of(x) + offset;
+      seen[x] = columns_of_row(band, I, j0, p.Nk);
+      const pos::Range r = pos::keys_of_region(p.region, region, I, I + 1, j0, j0 + kBlockN);
+      own[x] = {clip(r.lo, j0), clip(r.hi, j0), 0};
+    }
     // From the product and dP of row x and a column of the tile to dS times what the product is multiplied by.
     const auto element = [&](int x, int col, float y, float raw, float dpv) {
       float v = raw * c[x], slope, outer = 1;
@@ -244,7 +256,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
         if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(local_row(x) + (kBlockN - 1) - col));
         else v = rb.add(x, v, y);
       }
-      bool visible = !cut || seen[x].see(col);
+      bool visible = (!cut || seen[x].see(col)) && (!shared || own[x].see(col));
       if (data) visible = visible && col < keys && row_of(x) < p.Nq && sees(p, b, h, row_of(x), j0 + col);
       const float prob = visible ? ex2_approx(v - lse[x]) : 0.f;
       // An infinite dO times a hidden key must not leak.
@@ -288,6 +300,12 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
     product_nn<T, kD>(dq, s, sK);
   }
   cp_async_wait<0>();
+  if (g.a.dq.p) {
+    const auto rope_of = [&](int64_t) { return region_rope(p.q_rope, region); };
+    store_unrotated<T, kD>(dq, float(p.scale), smem, g.a.dq, b, h, i0, rows, p.D, rope_of, p.rope_pairs, p.rope_layout, g.dq_sum ? g.dq_sum + bh * p.Nq * p.D : nullptr, region == 0, region == regions - 1);
+  }
+  sync_block();
+  }  // regions
   FASTPE_UNROLL
   for (int x = 0; x < 2; ++x) {
     const int64_t at = bh * p.Nq + row_of(x);
@@ -322,7 +340,6 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
       g.dparams[(bh * nqb + qb) * 2 + thread_index()] = sum;
     }
   }
-  if (g.a.dq.p) store_unrotated<T, kD>(dq, float(p.scale), smem, g.a.dq, b, h, i0, rows, p.D, p.q_rope.cos.p ? &p.q_rope : nullptr, p.rope_pairs, p.rope_layout);
 }
 
 // kDk, kDv: which of the two gradients this launch forms. Above 128 channels both accumulators do not fit the registers
@@ -343,19 +360,29 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
   const auto row_data = [&](int kind, int query) { return smem + Shape::kRow + uint32_t(kind * kBwdBlock + query) * 4; };
   const auto local_key = [&](int x) { return int(warp_index() * 16 + frag_row(uint32_t(x))); };
 
-  load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0), g.k.sn, keys, int(p.D), g.aligned_k);
-  load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
-  cp_async_commit();
   const Softcap cap(p);
   constexpr int kDkTiles = kDk ? kD / 8 : 1, kDvTiles = kDv ? kD / 8 : 1;
   float dk[kDkTiles][4], dv[kDvTiles][4];
   FASTPE_UNROLL
   for (int e = 0; e < 4; ++e) {
     FASTPE_UNROLL
-    for (int d = 0; d < kDkTiles; ++d) dk[d][e] = 0;
-    FASTPE_UNROLL
     for (int d = 0; d < kDvTiles; ++d) dv[d][e] = 0;
   }
+  load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
+
+  const int regions = pos::region_count(p.region.kind);
+  FASTPE_NO_UNROLL
+  for (int region = 0; region < regions; ++region) {
+  load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
+  cp_async_commit();
+  FASTPE_UNROLL
+  for (int e = 0; e < 4; ++e) {
+    FASTPE_UNROLL
+    for (int d = 0; d < kDkTiles; ++d) dk[d][e] = 0;
+  }
+  pos::Range own[2];  // rows that have the lane's keys in the region
+  FASTPE_UNROLL
+  for (int z = 0; z < 2; ++z) own[z] = pos::rows_of_region(p.region, region, j0 + local_key(z));
 
   FASTPE_NO_UNROLL
   for (int64_t x = 0; x < group; ++x) {
@@ -367,9 +394,9 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
       const int rows = int(p.Nq - i0 < kBwdBlock ? p.Nq - i0 : kBwdBlock);
       const int64_t I1 = I0 + rows;
       const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
-      if (see.lo >= see.hi) continue;
+      if (see.lo >= see.hi || !tile_has_region(p, region, I0, I1, j0, j1) || !tile_may_see(p, g.spans, b, h, qb, i0, i0 + rows, j0 / kBlockN, j0, j1)) continue;
       sync_block();
-      load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0), g.q.sn, rows, int(p.D), g.aligned_q);
+      load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
       load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
       cp_async_commit();
       // One query a thread: RowBias of that query alone.
@@ -401,7 +428,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
       product_nt<T, kD>(s, sK, sQ);
       if constexpr (kDk) product_nt<T, kD>(ds, sV, sO);
 
-      const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = p.vis.k_ids || p.vis.mask;
+      const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
       float y[2] = {};
       if constexpr (kHasPositions<kKind>) {
         y[0] = rb.key(local_key(0), keys);
@@ -431,6 +458,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
           else v = rb.add(0, v, y[z]);
         }
         bool visible = !cut || (j < j1 && pos::visible(band, I0 + query, j));
+        if (shared) visible = visible && I0 + query >= own[z].lo && I0 + query < own[z].hi;
         if (data) visible = visible && j < j1 && query < rows && sees(p, b, h, i0 + query, j);
         pv = visible ? ex2_approx(v - lse) : 0.f;
         if constexpr (kDk) {
@@ -481,7 +509,9 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
         const auto put = [&](float v, int64_t plane) {
           v += shfl_xor(v, 1);
           v += shfl_xor(v, 2);
-          if ((lane_index() & 3) == 0 && local_key(z) < keys) g.dw[((b * g.planes + plane) * p.H + h) * p.Nk + j0 + local_key(z)] = v;
+          if ((lane_index() & 3) != 0 || local_key(z) >= keys) return;
+          float& to = g.dw[((b * g.planes + plane) * p.H + h) * p.Nk + j0 + local_key(z)];
+          to = region == 0 ? v : to + v;
         };
         put(dw[z], 0);
         if (kKind == Kind::composed && g.planes == 2) put(dw_future[z], 1);
@@ -490,9 +520,14 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
   }
   cp_async_wait<0>();
   if constexpr (kDk)
-    if (g.a.dk.p) store_unrotated<T, kD>(dk, float(p.scale), smem, g.a.dk, b, hk, j0, keys, p.D, p.k_rope.cos.p ? &p.k_rope : nullptr, p.rope_pairs, p.rope_layout);
+    if (g.a.dk.p) {
+      const auto rope_of = [&](int64_t j) { return key_rope(p, region, j); };
+      store_unrotated<T, kD>(dk, float(p.scale), smem, g.a.dk, b, hk, j0, keys, p.D, rope_of, p.rope_pairs, p.rope_layout, g.dk_sum ? g.dk_sum + bk * p.Nk * p.D : nullptr, region == 0, region == regions - 1);
+    }
+  sync_block();
+  }  // regions
   if constexpr (kDv)
-    if (g.a.dv.p) store_unrotated<T, kD>(dv, 1.f, smem, g.a.dv, b, hk, j0, keys, p.Dv, nullptr, 0, p.rope_layout);
+    if (g.a.dv.p) store_unrotated<T, kD>(dv, 1.f, smem, g.a.dv, b, hk, j0, keys, p.Dv, [](int64_t) { return Rope{}; }, 0, p.rope_layout);
 }
 
 }  // namespace fastpe::cuda

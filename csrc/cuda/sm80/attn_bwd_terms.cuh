@@ -83,9 +83,16 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
 
   // ---- where the sums are -----------------------------------------------------------------------------------------------
   float sum = 0;         // of a thread: an offset, a row, a column
-  float own[kItems];     // pairs
-  FASTPE_UNROLL
-  for (int x = 0; x < kItems; ++x) own[x] = 0;
+  // pairs: number x of this thread, null outside the array. In global memory: registers are short.
+  const auto own_pair = [&](int x) -> float* {
+    const int item = x * kBwdThreads + tid;
+    const int64_t i = q0 * kBwdBlock + item / kBwdBlock, j = k0 * kBlockN + item % kBwdBlock;
+    return i < p.Nq && j < p.Nk ? a.out + ((block / nkt / nqb) * p.Nq + i) * p.Nk + j : nullptr;
+  };
+  if (a.walk == Walk::pairs)
+    FASTPE_NO_UNROLL
+    for (int x = 0; x < kItems; ++x)
+      if (float* to = own_pair(x)) *to = 0;
   float* bins = a.out + (int64_t(block) * kBinWarps + warp_index()) * a.width;
   if (a.walk == Walk::bins) {
     for (int64_t x = lane_index(); x < a.width; x += 32) bins[x] = 0;
@@ -121,11 +128,10 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
         for (int64_t t = first; t < last; ++t) {
           const int64_t j0 = t * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
           const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
-          if (see.lo >= see.hi) continue;
+          if (see.lo >= see.hi || !tile_may_see(p, g.spans, b, h, qb, i0, i0 + rows, t, j0, j1)) continue;
           const int keys = int(j1 - j0);
           sync_block();
           if (fresh) {
-            load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0), g.q.sn, rows, int(p.D), g.aligned_q);
             load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
             rb.start(p, b, h, offset, row_of);
             FASTPE_UNROLL
@@ -139,21 +145,42 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
             }
             fresh = false;
           }
-          load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0), g.k.sn, keys, int(p.D), g.aligned_k);
           load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
-          cp_async_commit();
-          cp_async_wait<0>();
-          sync_block();
-          float s[kNt][4], dp[kNt][4];
-          product_nt<T, kD>(s, sQ, sK);
-          product_nt<T, kD>(dp, sO, sV);
+          // Scores of every region the tile has, each on its own pairs.
+          bool first_region = true;
+          float s[kNt][4];
+          FASTPE_NO_UNROLL
+          for (int region = 0; region < pos::region_count(p.region.kind); ++region) {
+            if (!tile_has_region(p, region, I0, I1, j0, j1)) continue;
+            if (!first_region) sync_block();
+            load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
+            load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
+            cp_async_commit();
+            cp_async_wait<0>();
+            sync_block();
+            product_nt<T, kD>(s, sQ, sK);
+            FASTPE_UNROLL
+            for (int x = 0; x < 2; ++x) {
+              const int64_t I = row_of(x) + offset;
+              const pos::Range r = pos::keys_of_region(p.region, region, I, I + 1, j0, j0 + kBlockN);
+              const int lo = clip(r.lo, j0), hi = clip(r.hi, j0), row = int(warp_index() * 16 + frag_row(uint32_t(x)));
+              FASTPE_UNROLL
+              for (int n = 0; n < kNt; ++n)
+                FASTPE_UNROLL
+                for (int e = 0; e < 2; ++e) {
+                  const int col = int(8 * n + frag_col(uint32_t(e)));
+                  if (col >= lo && col < hi) st_shared_f32(score_at(s1, row, col), s[n][2 * x + e]);
+                }
+            }
+            first_region = false;
+          }
+          product_nt<T, kD>(s, sO, sV);
           if constexpr (Shape::kOverlay) sync_block();
-          fragments_to(s1, s);
-          fragments_to(s2, dp);
+          fragments_to(s2, s);
           sync_warp();
 
           rb.tile(j0, j1, I0, I1, false);
-          const bool data = p.vis.k_ids || p.vis.mask;
+          const bool data = has_data(p.vis);
           for_own_rows([&](int x, int row, int col) {
             const uint32_t at = score_at(s1, row, col), at2 = score_at(s2, row, col);
             const int64_t i = i0 + row, j = j0 + col, I = I0 + row;
@@ -217,10 +244,10 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
           }
           sync_block();
           if (a.walk == Walk::pairs) {
-            FASTPE_UNROLL
+            FASTPE_NO_UNROLL
             for (int x = 0; x < kItems; ++x) {
               const int item = x * kBwdThreads + tid;
-              own[x] += ld_shared_f32(score_at(s1, item / kBwdBlock, item % kBwdBlock));
+              if (float* to = own_pair(x)) *to += ld_shared_f32(score_at(s1, item / kBwdBlock, item % kBwdBlock));
             }
           } else if (a.walk == Walk::diagonals) {
             // Thread x: offset I0 - j0 - 63 + x.
@@ -256,15 +283,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
 
   if (a.walk == Walk::diagonals) {
     a.out[int64_t(block) * 2 * kBwdBlock + tid] = sum;
-  } else if (a.walk == Walk::pairs) {
-    const int64_t plane = block / nkt / nqb;
-    FASTPE_UNROLL
-    for (int x = 0; x < kItems; ++x) {
-      const int item = x * kBwdThreads + tid;
-      const int64_t i = q0 * kBwdBlock + item / kBwdBlock, j = k0 * kBlockN + item % kBwdBlock;
-      if (i < p.Nq && j < p.Nk) a.out[(plane * p.Nq + i) * p.Nk + j] = own[x];
-    }
-  } else if (a.walk != Walk::bins && a.target != Target::entries && tid < kBwdBlock) {
+  } else if (a.walk != Walk::bins && a.walk != Walk::pairs && a.target != Target::entries && tid < kBwdBlock) {
     const bool rows = a.walk == Walk::rows;
     const int64_t n = rows ? q0 * kBwdBlock + tid : k0 * kBlockN + tid, N = rows ? p.Nq : p.Nk;
     if (n >= N) return;

@@ -12,7 +12,9 @@
 //   choose the next tile, start its K
 //   scale, bias, mask, online softmax; O += P V
 // The copies of V run under the first product, those of the next K under the softmax and the second product.
-// Q is rotated between its load and shared memory; keys come rotated from prepare.cuh.
+// Q is rotated between its load and shared memory; keys come rotated from prepare.cuh. With regions (pos/region.h) the
+// rounds of one follow those of the other, with Q rotated anew; a tile that two share is visited by both, each hiding what
+// is the other's.
 //
 // The next tile is chosen with the row maxima of the rounds before, which only grow: a tile that cannot matter then
 // cannot matter later (cpu/attn_fwd.cpp states the bound).
@@ -20,7 +22,7 @@
 
 #include "../compose.cuh"
 #include "../plan.h"
-#include "../tile.cuh"
+#include "../visible_tile.cuh"
 
 namespace fastpe::cuda {
 
@@ -54,21 +56,23 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
   const auto local_row = [&](int x) { return warp_row + 16 * (x >> 1) + frag_row(x & 1); };
   const auto row_of = [&](int x) { return i0 + int64_t(local_row(x)); };
 
-  // ---- Q ------------------------------------------------------------------------------------------------------------
-  const uint16_t* q0 = row_at(p.q, b, h, i0);
-  if (p.q_rope.cos.p) {
-    constexpr uint32_t kChunks = Tile<kD>::kChunks;
-    for (uint32_t item = thread_index(); item < kBlockM * kChunks; item += kThreads) {
-      const uint32_t row = item / kChunks, chunk = item % kChunks;
-      Quad v{};
-      if (int(row) < rows && int64_t(chunk * 8) < p.D)
-        v = load_chunk_rotated<T>(q0 + int64_t(row) * p.q.sn, chunk, aux_at<float>(p.q_rope.cos, b, h, i0 + row), aux_at<float>(p.q_rope.sin, b, h, i0 + row), uint32_t(p.rope_pairs), p.rope_layout);
-      st_shared_v4(sQ + Tile<kD>::at(row, chunk), v);
+  const auto load_queries = [&](int region) {
+    const uint16_t* q0 = row_at(p.q, b, h, i0);
+    if (p.q_rope.cos.p) {
+      constexpr uint32_t kChunks = Tile<kD>::kChunks;
+      const Rope rope = region_rope(p.q_rope, region);
+      for (uint32_t item = thread_index(); item < kBlockM * kChunks; item += kThreads) {
+        const uint32_t row = item / kChunks, chunk = item % kChunks;
+        Quad v{};
+        if (int(row) < rows && int64_t(chunk * 8) < p.D)
+          v = load_chunk_rotated<T>(q0 + int64_t(row) * p.q.sn, chunk, aux_at<float>(rope.cos, b, h, i0 + row), aux_at<float>(rope.sin, b, h, i0 + row), uint32_t(p.rope_pairs), p.rope_layout);
+        st_shared_v4(sQ + Tile<kD>::at(row, chunk), v);
+      }
+    } else {
+      load_tile<kD, kBlockM, kThreads>(sQ, q0, p.q.sn, rows, int(p.D), a.aligned_q);
     }
-  } else {
-    load_tile<kD, kBlockM, kThreads>(sQ, q0, p.q.sn, rows, int(p.D), a.aligned_q);
-  }
-  cp_async_commit();
+    cp_async_commit();
+  };
 
   // ---- what stays with a row ---------------------------------------------------------------------------------------------
   float c[kRows], m[kRows], l[kRows], qn[kRows];
@@ -84,24 +88,8 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     qn[x] = 0;
     q_id[x] = p.vis.q_ids ? p.vis.q_ids[b * p.vis.q_ids_sb + i] : 0;
   }
-  int32_t q_lo = 0, q_hi = 0;
-  if (p.vis.q_ids) {
-    // Every warp looks at all rows of the block, so nothing is exchanged between warps.
-    q_lo = INT32_MAX;
-    q_hi = INT32_MIN;
-    for (int r = int(lane_index()); r < rows; r += 32) {
-      const int32_t id = p.vis.q_ids[b * p.vis.q_ids_sb + i0 + r];
-      q_lo = id < q_lo ? id : q_lo;
-      q_hi = id > q_hi ? id : q_hi;
-    }
-    for (uint32_t step = 1; step < 32; step *= 2) {
-      const int32_t lo = int32_t(shfl_xor(uint32_t(q_lo), step)), hi = int32_t(shfl_xor(uint32_t(q_hi), step));
-      q_lo = lo < q_lo ? lo : q_lo;
-      q_hi = hi > q_hi ? hi : q_hi;
-    }
-  }
   const bool may_skip = kKind != Kind::none && kKind != Kind::composed && a.skip > -kInf;
-  if (may_skip) {
+  const auto query_norms = [&] {
     cp_async_wait<0>();
     sync_block();
     FASTPE_UNROLL
@@ -119,9 +107,11 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       n += shfl_xor(n, 2);
       qn[x] = sqrtf(n) * abs(c[x]) * 1.0001f;
     }
-  }
+  };
 
   // ---- choice of tiles ------------------------------------------------------------------------------------------------------
+  const int regions = pos::region_count(p.region.kind);
+  int region = 0;
   TileWalk walk(band, I0, I1, p.Nk);
   uint32_t visited = 0, decayed = 0;
   // Largest bias of row x in keys [first, last]; rb stands at the tile.
@@ -150,10 +140,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       const int64_t j0 = int64_t(t) * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
       const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
       if (see.lo >= see.hi) continue;
-      if (p.vis.k_ids) {
-        const int32_t* span = a.pre.k_span + b * a.pre.span_sb + t * 2;
-        if (q_hi < span[0] || span[1] < q_lo || span[1] < 0) continue;
-      }
+      if (!tile_has_region(p, region, I0, I1, j0, j1) || !tile_may_see(p, a.pre.spans, b, h, qb, i0, i0 + rows, t, j0, j1)) continue;
       if (may_skip) {
         rb.tile(j0, j1, I0, I1, band.right == 1);
         const float k_norm = a.pre.k_norm[bk * nkt + t];
@@ -171,7 +158,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
   };
   const auto start_keys = [&](int t) {
     const int64_t j0 = int64_t(t) * kBlockN;
-    load_tile<kD, kBlockN, kThreads>(sK, row_at(a.pre.k, b, hk, j0), a.pre.k.sn, int(p.Nk - j0 < kBlockN ? p.Nk - j0 : kBlockN), int(p.D), a.aligned_k);
+    load_tile<kD, kBlockN, kThreads>(sK, row_at(a.pre.k, b, hk, j0) + region * a.pre.k_copy, a.pre.k.sn, int(p.Nk - j0 < kBlockN ? p.Nk - j0 : kBlockN), int(p.D), a.aligned_k);
   };
 
   float o[kMt][kDt][4];
@@ -182,7 +169,21 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       FASTPE_UNROLL
       for (int e = 0; e < 4; ++e) o[mt][d][e] = 0;
 
-  int t = next_tile();
+  // One region after the other, each with its own rotation, under one softmax; without regions there is one.
+  FASTPE_NO_UNROLL
+  for (; region < regions; ++region) {
+  int t = -1;
+  if (regions > 1) {
+    walk = TileWalk(band, I0, I1, p.Nk);
+    t = next_tile();
+    if (t < 0) continue;
+    // Everyone has finished with the queries of the region before.
+    cp_async_wait<0>();
+    sync_block();
+  }
+  load_queries(region);
+  if (may_skip) query_norms();
+  if (regions == 1) t = next_tile();
   if (t >= 0) start_keys(t);
   cp_async_commit();
 
@@ -284,8 +285,8 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       hide([&](int x, int col) { return seen[x].see(col); });
     }
     if (p.vis.k_ids) {
-      const int32_t* span = a.pre.k_span + b * a.pre.span_sb + t_now * 2;
-      if (!(q_lo == q_hi && span[0] == span[1] && span[0] == q_lo && q_lo >= 0)) {
+      const int32_t *q_span = a.pre.spans.q_id + b * a.pre.spans.q_id_sb + 2 * qb, *span = a.pre.spans.k_id + b * a.pre.spans.k_id_sb + 2 * t_now;
+      if (!(q_span[0] == q_span[1] && span[0] == span[1] && span[0] == q_span[0] && span[0] >= 0)) {
         const int32_t* id = p.vis.k_ids + b * p.vis.k_ids_sb + j0;
         hide([&](int x, int col) { return col < keys && id[col] >= 0 && id[col] == q_id[x]; });
       }
@@ -293,6 +294,18 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     if (p.vis.mask) {
       const uint8_t* dense = p.vis.mask + b * p.vis.mask_sb + h * p.vis.mask_sh + j0 * p.vis.mask_sk;
       hide([&](int x, int col) { return col < keys && row_of(x) < p.Nq && dense[row_of(x) * p.vis.mask_sn + col * p.vis.mask_sk]; });
+    }
+
+    if (sees_by_rules(p.vis)) hide([&](int x, int col) { return col < keys && row_of(x) < p.Nq && rules_allow(p, b, row_of(x), j0 + col, h); });
+    if (regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1)) {
+      Columns own[kRows];
+      FASTPE_UNROLL
+      for (int x = 0; x < kRows; ++x) {
+        const int64_t I = row_of(x) + offset;
+        const pos::Range r = pos::keys_of_region(p.region, region, I, I + 1, j0, j0 + kBlockN);
+        own[x] = {clip(r.lo, j0), clip(r.hi, j0), 0};
+      }
+      hide([&](int x, int col) { return own[x].see(col); });
     }
 
     // ---- online softmax ----------------------------------------------------------------------------------------------------------
@@ -344,6 +357,8 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       }
     }
   }
+
+  }  // regions
 
   // ---- normalise and store -------------------------------------------------------------------------------------------------------------
   cp_async_wait<0>();

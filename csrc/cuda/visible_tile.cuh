@@ -1,0 +1,91 @@
+// Which pairs of a tile are visible by data, and which belong to a region. What follows from indices alone is in
+// pos/visible.h and pos/region.h.
+#pragma once
+
+#include "plan.h"
+#include "tile.cuh"
+
+namespace fastpe::cuda {
+
+// Whether some pair of queries [i0, i1), the block qb, and keys [j0, j1), the tile t, may be visible by data.
+FASTPE_DEVICE bool tile_may_see(const AttnParams& p, const Spans& s, int64_t b, int64_t h, int64_t qb, int64_t i0, int64_t i1, int64_t t, int64_t j0, int64_t j1) {
+  if (s.k_id) {
+    const int32_t *q = s.q_id + b * s.q_id_sb + 2 * qb, *k = s.k_id + b * s.k_id_sb + 2 * t;
+    if (q[1] < k[0] || k[1] < q[0] || k[1] < 0) return false;
+  }
+  if (s.lower && s.lower[b * s.lower_sb + 2 * qb] >= j1) return false;
+  if (s.interval) {
+    const int64_t plane = tiles::ceil_div(p.Nk, kBlockN) * 2, I0 = i0 + p.Nk - p.Nq, I1 = i1 + p.Nk - p.Nq;
+    const int32_t* a = s.interval + b * s.interval_sb + 2 * t;
+    if (!(a[0] < I1 && I0 < a[plane + 1]) && !(a[2 * plane] < I1 && I0 < a[3 * plane + 1])) return false;
+  }
+  if (p.vis.map) {
+    const int64_t q0 = i0 / p.vis.block_q, q1 = (i1 - 1) / p.vis.block_q, k0 = j0 / p.vis.block_k, k1 = (j1 - 1) / p.vis.block_k;
+    // Many small blocks cost more to look at than they save.
+    if ((q1 - q0 + 1) * (k1 - k0 + 1) > 32) return true;
+    const uint8_t* map = p.vis.map + b * p.vis.map_sb + h * p.vis.map_sh;
+    for (int64_t q = q0; q <= q1; ++q)
+      for (int64_t k = k0; k <= k1; ++k)
+        if (map[q * p.vis.map_sn + k]) return true;
+    return false;
+  }
+  return true;
+}
+
+// Whether every pair of a tile that tile_may_see lets pass has the one answer of its block.
+FASTPE_DEVICE bool map_is_by_tile(const Visibility& v) { return v.block_q % 64 == 0 && v.block_k % kBlockN == 0; }
+FASTPE_DEVICE bool sees_by_rules(const Visibility& v) { return v.intervals || v.lower || v.relation || (v.map && !map_is_by_tile(v)); }
+
+// Intervals, lower bounds, segments, block map. Out of line: it would stand at every score of a fragment. The host cannot
+// look at ids on a device: one out of range sees nothing.
+FASTPE_NOINLINE bool rules_allow(const AttnParams& p, int64_t b, int64_t i, int64_t j, int64_t h) {
+  const Visibility& v = p.vis;
+  const int64_t I = i + p.Nk - p.Nq;
+  if (v.lower && j < v.lower[b * v.lower_sb + i]) return false;
+  if (v.intervals) {
+    const int32_t* a = v.intervals + b * v.intervals_sb + j;
+    if (!(I >= a[0] && I < a[p.Nk]) && !(I >= a[2 * p.Nk] && I < a[3 * p.Nk])) return false;
+  }
+  if (v.relation) {
+    const int64_t q = v.q_seg[b * v.q_seg_sb + i], k = v.k_seg[b * v.k_seg_sb + j];
+    if (q < 0 || q >= v.Sq || k < 0 || k >= v.Sk || !v.relation[q * v.Sk + k]) return false;
+  }
+  return !v.map || v.map[b * v.map_sb + h * v.map_sh + i / v.block_q * v.map_sn + j / v.block_k];
+}
+
+// Whether query i sees key j by data. Indices are in range.
+FASTPE_DEVICE bool has_data(const Visibility& v) { return v.k_ids || v.mask || sees_by_rules(v); }
+FASTPE_DEVICE bool sees(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  const Visibility& v = p.vis;
+  if (v.k_ids) {
+    const int32_t id = v.k_ids[b * v.k_ids_sb + j];
+    if (id < 0 || id != v.q_ids[b * v.q_ids_sb + i]) return false;
+  }
+  if (v.mask && !v.mask[b * v.mask_sb + h * v.mask_sh + i * v.mask_sn + j * v.mask_sk]) return false;
+  return !sees_by_rules(v) || rules_allow(p, b, i, j, h);
+}
+
+// ---- regions ----------------------------------------------------------------------------------------------------------
+
+// The table of region x, and the one that turns key j in copy x of the keys.
+FASTPE_DEVICE Rope region_rope(Rope r, int x) {
+  r.cos.p = static_cast<float*>(r.cos.p) + x * r.sr;
+  r.sin.p = static_cast<float*>(r.sin.p) + x * r.sr;
+  return r;
+}
+FASTPE_DEVICE Rope key_rope(const AttnParams& p, int x, int64_t j) {
+  return region_rope(p.k_rope, pos::region_by_key(p.region.kind) ? pos::region_of(p.region, 0, j) : x);
+}
+// Some pair, or every pair, of a tile is in region x.
+FASTPE_DEVICE bool tile_has_region(const AttnParams& p, int x, int64_t I0, int64_t I1, int64_t j0, int64_t j1) {
+  if (p.region.kind == RegionKind::none) return true;
+  const pos::Range r = pos::keys_of_region(p.region, x, I0, I1, j0, j1);
+  return r.lo < r.hi;
+}
+FASTPE_DEVICE bool tile_has_one_region(const AttnParams& p, int64_t I0, int64_t I1, int64_t j0, int64_t j1) {
+  int n = 0;
+  for (int x = 0; x < pos::region_count(p.region.kind); ++x) n += tile_has_region(p, x, I0, I1, j0, j1);
+  return n <= 1;
+}
+
+}  // namespace fastpe::cuda
