@@ -104,7 +104,7 @@ def main() -> int:
             step(check, command, 600, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **env)
     if "benchmarks" in chosen:
         figures = OUT / "gpu_benchmarks.json"
-        step("benchmarks", [sys.executable, "benchmarks/run.py", "--suite", "targets", "--device", "cuda", "--json", str(figures)], 900)
+        step("benchmarks", [sys.executable, "benchmarks/run.py", "--suite", "targets", "--device", "cuda", "--timeout", "120", "--json", str(figures)], 1500)
         if figures.exists():
             RESULT["benchmarks"] = json.loads(figures.read_text())
             figures.unlink()

@@ -36,6 +36,12 @@ Prepared carve(const AttnParams& p, Carver& c) {
   return x;
 }
 
+// Sums of the splits, then their maxima; null with one split.
+float* carve_parts(const AttnParams& p, Carver& c) {
+  const int64_t splits = fwd_splits(p);
+  return splits > 1 ? c.take<float>(splits * p.B * p.H * p.Nq * (p.Dv + 2)) : nullptr;
+}
+
 int prepare(const AttnParams& p, const Prepared& x, void* stream) {
   const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
   const bool rotate = p.k_rope.cos.p != nullptr;
@@ -89,11 +95,12 @@ int prepare_spans(const AttnParams& p, const Spans& s, void* stream) {
   return rc;
 }
 
-int64_t attn_fwd_blocks(const AttnParams& p) { return p.B * p.H * tiles::ceil_div(p.Nq, fwd_block_m(class_of(p))); }
+int64_t attn_fwd_blocks(const AttnParams& p) { return fwd_splits(p) * p.B * p.H * tiles::ceil_div(p.Nq, fwd_block_m(class_of(p))); }
 
 size_t attn_fwd_workspace(const AttnParams& p) {
   Carver c{nullptr};
   carve(p, c);
+  carve_parts(p, c);
   return c.used;
 }
 
@@ -109,8 +116,15 @@ int attn_fwd(const AttnParams& p, void* workspace, void* stream, uint32_t* stats
   a.aligned_k = aligned(a.pre.k);
   a.aligned_v = aligned(p.v);
   a.stats = stats;
+  a.splits = int(fwd_splits(p));
+  a.part_o = carve_parts(p, c);
+  a.part_ml = a.part_o ? a.part_o + a.splits * p.B * p.H * p.Nq * p.Dv : nullptr;
   if (const int rc = prepare(p, a.pre, stream)) return rc;
-  return p.dtype == DType::bf16 ? dispatch<Bf16>(class_of(p), a, blocks, stream) : dispatch<F16>(class_of(p), a, blocks, stream);
+  const bool bf16 = p.dtype == DType::bf16;
+  if (const int rc = bf16 ? dispatch<Bf16>(class_of(p), a, blocks, stream) : dispatch<F16>(class_of(p), a, blocks, stream)) return rc;
+  if (a.splits == 1) return 0;
+  const int64_t joins = tiles::ceil_div(p.B * p.H * p.Nq, 4);
+  return bf16 ? launch(&attn_join_kernel<Bf16>, "attn_join", joins, 128, 0, stream, a) : launch(&attn_join_kernel<F16>, "attn_join", joins, 128, 0, stream, a);
 }
 
 }  // namespace fastpe::cuda

@@ -97,6 +97,14 @@ struct Spans {
 // Rotated copies of the keys: one a region, unless all turn keys alike or the key alone decides.
 inline int64_t key_copies(const AttnParams& p) { return p.k_rope.sr && !pos::region_by_key(p.region.kind) ? pos::region_count(p.region.kind) : 1; }
 
+// Parts the keys of a call with one block of queries are cut into, so that decoding one token fills a GPU. Of shapes alone.
+constexpr int kMaxSplits = 32;
+inline int64_t fwd_splits(const AttnParams& p) {
+  if (p.Nq > 64) return 1;
+  const int64_t want = 256 / (p.B * p.H > 0 ? p.B * p.H : 1), most = tiles::ceil_div(p.Nk, kBlockN) / 4, n = want < most ? want : most;
+  return n < 1 ? 1 : n < kMaxSplits ? n : kMaxSplits;
+}
+
 // What the kernels in front of the forward and backward pass leave in the workspace; null: not made.
 struct Prepared {
   View k;                     // keys: rotated, dense (B,Hk,Nk,D); or the call's own

@@ -141,3 +141,22 @@ def test_residual_is_what_rounding_took(on_emulator, emu):
         out, _, residual = torch.ops.fastpe_emu.attn_fwd(q, k, v, *empty, True)
         exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *empty, False)
     assert error(out.double() + residual.double(), exact) < 0.6 * error(out, exact)
+
+
+@pytest.mark.parametrize("Nq,Nk,bias,mask,score", [(1, 700, "alibi", "none", ()), (3, 1100, "t5", "left_padding", ("sink",)), (20, 600, "dense", "window_sinks", ("sink", "row_scale")), (2, 520, "none", "ids", ())])
+def test_splits_of_the_keys(Nq, Nk, bias, mask, score, on_kernels, emu, on_emulator):
+    case = dataclasses.replace(SMALL, B=2, H=2, Nq=Nq, Nk=Nk, D=24, Dv=40, bias=bias, mask=mask, score=score, rope="half", causal=True, seed=13)
+    compare(case, torch.bfloat16, on_kernels)
+    emu.counters()
+    compare(case, torch.bfloat16, on_emulator)
+    assert emu.counters()["blocks"] > 2 * 2 * case.B * case.H
+
+
+def test_splits_keep_the_residual(on_emulator):
+    run = build(dataclasses.replace(SMALL, Nq=2, Nk=600), torch.bfloat16)
+    q, k, v = run.qkv
+    empty = [None] * 2 + [0, 0] + [None] * 6 + [0, 0, 0] + [None] * 5 + [0.25, 0.0, 0.0, 0.0] + [None] * 6 + [False] + [None] * 10 + [1, 1, 0, 0]
+    with torch.no_grad(), on_emulator():
+        out, _, residual = torch.ops.fastpe.attn_fwd(q, k, v, *empty, True)
+    exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *empty, False)
+    assert error(out.double() + residual.double(), exact) < 0.6 * error(out, exact)

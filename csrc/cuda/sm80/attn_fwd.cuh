@@ -1,7 +1,7 @@
 // Forward attention on mma.sync, for sm_80 and newer.
 //
 // Tiles: kBlockM queries x kBlockN keys, kD channels for q, k and v (plan.h); D and Dv below kD are padded with zeros.
-// Work: one block per (batch, head, block of queries). Blocks of the heads that share keys are neighbours, and blocks
+// Work: one block per (batch, head, block of queries); where that is too little for a GPU, one per split of the keys too. Blocks of the heads that share keys are neighbours, and blocks
 // with later rows, which see more under a causal mask, come first.
 // Shared memory: Q | K | V | table values of the tile, or its scores where they are composed; one stage each.
 // A round for one key tile; K of the round is under way when it starts:
@@ -32,6 +32,10 @@ struct FwdArgs {
   float skip;          // log2 of the probability a skipped key may have; -inf: skip nothing
   bool aligned_q, aligned_k, aligned_v;
   uint32_t* stats;     // (blocks, 2) tiles visited and tiles skipped under the bound; may be null
+  // With several splits a block takes a run of the key tiles and leaves what it has: (splits,B,H,Nq,Dv) sums of P V,
+  // (splits,B,H,Nq,2) row maximum in log2 units and sum of P.
+  int splits;
+  float *part_o, *part_ml;
 };
 
 template <class T, int kD, Kind kKind>
@@ -43,13 +47,15 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
   const float kInf = __builtin_inff();
 
   const int64_t group = p.H / p.Hk, nqb = tiles::ceil_div(p.Nq, kBlockM), per_bk = nqb * group;
-  const int64_t bk = block_index() / per_bk, rest = block_index() % per_bk;
+  const int64_t all = p.B * p.Hk * per_bk, split = block_index() / all, in_split = block_index() % all;
+  const int64_t bk = in_split / per_bk, rest = in_split % per_bk;
   const int64_t b = bk / p.Hk, hk = bk % p.Hk, h = hk * group + rest % group, qb = nqb - 1 - rest / group;
   const int64_t offset = p.Nk - p.Nq, i0 = qb * kBlockM, I0 = i0 + offset;
   const int rows = int(p.Nq - i0 < kBlockM ? p.Nq - i0 : kBlockM);
   const int64_t I1 = I0 + rows;
   const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
   const int64_t nkt = tiles::ceil_div(p.Nk, kBlockN);
+  const int first_tile = int(nkt * split / a.splits), end_tile = int(nkt * (split + 1) / a.splits);
 
   const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sK = smem + Shape::kK, sV = smem + Shape::kV, sT = smem + Shape::kTable;
   const uint32_t warp_row = warp_index() * 16 * kMt;
@@ -137,6 +143,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     for (;;) {
       const int t = walk.next();
       if (t < 0) return -1;
+      if (t < first_tile || t >= end_tile) continue;
       const int64_t j0 = int64_t(t) * kBlockN, j1 = j0 + kBlockN < p.Nk ? j0 + kBlockN : p.Nk;
       const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
       if (see.lo >= see.hi) continue;
@@ -202,6 +209,24 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
         st_shared_f32(sT + 4 * x, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + x, p.bias.table_len)] * float(kLog2e));
     }
 
+    // What data hides, as bits of a row's 16 columns: found before the scores take up registers.
+    uint32_t hidden[kRows] = {};
+    bool data = has_data(p.vis);
+    if (p.vis.k_ids && !p.vis.mask && !sees_by_rules(p.vis)) {
+      const int32_t *q_span = a.pre.spans.q_id + b * a.pre.spans.q_id_sb + 2 * qb, *span = a.pre.spans.k_id + b * a.pre.spans.k_id_sb + 2 * t;
+      // One document.
+      data = !(q_span[0] == q_span[1] && span[0] == span[1] && span[0] == q_span[0] && span[0] >= 0);
+    }
+    if (data) {
+      FASTPE_UNROLL
+      for (int x = 0; x < kRows; ++x)
+        FASTPE_NO_UNROLL
+        for (int c = 0; c < 2 * kNt; ++c) {
+          const int64_t j = j0 + 8 * (c >> 1) + frag_col(uint32_t(c & 1));
+          if (j >= j1 || row_of(x) >= p.Nq || !sees(p, b, h, row_of(x), j)) hidden[x] |= 1u << c;
+        }
+    }
+
     // ---- S = Q K^T ------------------------------------------------------------------------------------------------------------
     float s[kMt][kNt][4];
     FASTPE_UNROLL
@@ -228,7 +253,6 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     }
     cp_async_wait<0>();
     sync_block();
-    const int t_now = t;
     t = next_tile();
     if (t >= 0) start_keys(t);
     cp_async_commit();
@@ -284,19 +308,15 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
       for (int x = 0; x < kRows; ++x) seen[x] = columns_of_row(band, row_of(x) + offset, j0, p.Nk);
       hide([&](int x, int col) { return seen[x].see(col); });
     }
-    if (p.vis.k_ids) {
-      const int32_t *q_span = a.pre.spans.q_id + b * a.pre.spans.q_id_sb + 2 * qb, *span = a.pre.spans.k_id + b * a.pre.spans.k_id_sb + 2 * t_now;
-      if (!(q_span[0] == q_span[1] && span[0] == span[1] && span[0] == q_span[0] && span[0] >= 0)) {
-        const int32_t* id = p.vis.k_ids + b * p.vis.k_ids_sb + j0;
-        hide([&](int x, int col) { return col < keys && id[col] >= 0 && id[col] == q_id[x]; });
-      }
+    if (data) {
+      FASTPE_UNROLL
+      for (int n = 0; n < kNt; ++n)
+        FASTPE_UNROLL
+        for (int e = 0; e < 2; ++e)
+          FASTPE_UNROLL
+          for (int x = 0; x < kRows; ++x)
+            if (hidden[x] >> (2 * n + e) & 1) s[x >> 1][n][2 * (x & 1) + e] = -kInf;
     }
-    if (p.vis.mask) {
-      const uint8_t* dense = p.vis.mask + b * p.vis.mask_sb + h * p.vis.mask_sh + j0 * p.vis.mask_sk;
-      hide([&](int x, int col) { return col < keys && row_of(x) < p.Nq && dense[row_of(x) * p.vis.mask_sn + col * p.vis.mask_sk]; });
-    }
-
-    if (sees_by_rules(p.vis)) hide([&](int x, int col) { return col < keys && row_of(x) < p.Nq && rules_allow(p, b, row_of(x), j0 + col, h); });
     if (regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1)) {
       Columns own[kRows];
       FASTPE_UNROLL
@@ -362,11 +382,37 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
 
   // ---- normalise and store -------------------------------------------------------------------------------------------------------------
   cp_async_wait<0>();
-  float inv[kRows];
   FASTPE_UNROLL
   for (int x = 0; x < kRows; ++x) {
     l[x] += shfl_xor(l[x], 1);
     l[x] += shfl_xor(l[x], 2);
+  }
+  if (a.stats && thread_index() == 0) {
+    a.stats[2 * block_index()] = visited;
+    a.stats[2 * block_index() + 1] = decayed;
+  }
+  if (a.splits > 1) {
+    FASTPE_UNROLL
+    for (int x = 0; x < kRows; ++x) {
+      if (row_of(x) >= p.Nq) continue;
+      const int64_t row = ((split * p.B + b) * p.H + h) * p.Nq + row_of(x);
+      if ((lane_index() & 3) == 0) {
+        a.part_ml[2 * row] = m[x];
+        a.part_ml[2 * row + 1] = l[x];
+      }
+      FASTPE_UNROLL
+      for (int d = 0; d < kDt; ++d)
+        FASTPE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int64_t channel = 8 * d + frag_col(e);
+          if (channel < p.Dv) a.part_o[row * p.Dv + channel] = o[x >> 1][d][2 * (x & 1) + e];
+        }
+    }
+    return;
+  }
+  float inv[kRows];
+  FASTPE_UNROLL
+  for (int x = 0; x < kRows; ++x) {
     float lse;
     float top = m[x], weight = 1;
     if (p.sink.p) {
@@ -407,9 +453,47 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     }
     sync_warp();
   }
-  if (a.stats && thread_index() == 0) {
-    a.stats[2 * block_index()] = visited;
-    a.stats[2 * block_index() + 1] = decayed;
+}
+
+// The splits of a call put together, one warp a row: lane x of the first `splits` has split x's weight.
+template <class T>
+FASTPE_KERNEL(128, 1) attn_join_kernel(const FASTPE_GRID_CONSTANT FwdArgs a) {
+  const AttnParams& p = a.p;
+  const float kInf = __builtin_inff();
+  const int64_t rows = p.B * p.H * p.Nq, row = int64_t(block_index()) * 4 + warp_index();
+  if (row >= rows) return;
+  const int64_t i = row % p.Nq, h = row / p.Nq % p.H, b = row / p.Nq / p.H;
+  const int lane = int(lane_index());
+  const float* ml = a.part_ml + 2 * (lane * rows + row);
+  const float m = lane < a.splits ? ml[0] : -kInf;
+  float top = m;
+  FASTPE_UNROLL
+  for (uint32_t s = 1; s < 32; s *= 2) top = max(shfl_xor(top, s), top);
+  const float sink = p.sink.p ? *aux_at<float>(p.sink, 0, h) * float(kLog2e) : -kInf;
+  top = max(sink, top);
+  const float safe = top == -kInf ? 0.f : top;
+  // Weight of a split that saw nothing: 0, whatever its sums.
+  const float w = m == -kInf ? 0.f : ex2_approx(m - safe);
+  float l = w == 0 ? 0.f : w * ml[1];
+  FASTPE_UNROLL
+  for (uint32_t s = 1; s < 32; s *= 2) l += shfl_xor(l, s);
+  l += sink == -kInf ? 0.f : ex2_approx(sink - safe);
+  const float inv = l == 0 ? 0.f : 1.f / l;
+  if (lane == 0) static_cast<float*>(p.lse)[row] = l == 0 ? -kInf : (safe + lg2_approx(l)) * float(kLn2);
+  uint16_t* out = static_cast<uint16_t*>(p.o.p) + b * p.o.sb + h * p.o.sh + i * p.o.sn;
+  uint16_t* residual = p.residual.p ? static_cast<uint16_t*>(p.residual.p) + b * p.residual.sb + h * p.residual.sh + i * p.residual.sn : nullptr;
+  for (int64_t d0 = 0; d0 < p.Dv; d0 += 32) {
+    const int64_t d = d0 + lane;
+    float y = 0;
+    for (int s = 0; s < a.splits; ++s) {
+      const float ws = shfl_idx(w, uint32_t(s));
+      if (ws != 0 && d < p.Dv) y = fma(ws, a.part_o[(s * rows + row) * p.Dv + d], y);
+    }
+    if (d >= p.Dv) continue;
+    y *= inv;
+    const uint16_t rounded = T::narrow(y);
+    out[d] = rounded;
+    if (residual) residual[d] = T::narrow(y - T::wide(rounded));
   }
 }
 
