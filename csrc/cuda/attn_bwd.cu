@@ -73,8 +73,9 @@ int run(const BwdArgs& g, void* stream) {
   const int64_t rows = p.B * p.H * p.Nq;
   const int64_t q_blocks = p.B * p.H * tiles::ceil_div(p.Nq, kBwdBlock), k_blocks = p.B * p.Hk * tiles::ceil_div(p.Nk, kBlockN);
   if (const int rc = launch(&delta_kernel<T>, "delta", tiles::ceil_div(rows, 4), 128, 0, stream, g)) return rc;
-  // The CPU's rule (cpu/attn_common.h: exact_rows).
-  if (pos::has_terms(p.bias) && p.residual.p) {
+  // Gradients of parameters that many small differences make up need row sums of dS that are zero, as on the CPU
+  // (cpu/attn_common.h: exact_rows, cpu/attn_bwd.cpp: settle_rows).
+  if (p.residual.p && (pos::has_terms(p.bias) || needs(g.a, need_params | need_gamma))) {
     const TermsArgs exact{g, Walk::rows, Target::delta, g.delta, 1, 1, false, false};
     if (const int rc = launch_attn_bwd_terms<T>(dim, exact, p.B * p.H * tiles::ceil_div(p.Nq, kBwdBlock), stream)) return rc;
   }

@@ -9,7 +9,7 @@ import torch
 
 import fastpe
 from fastpe import reference
-from fastpe.testing.cases import BIASES, MASKS, Case, build
+from fastpe.testing.cases import BIASES, LONG_BIASES, LONG_MASKS, MASKS, Case, build
 from fastpe.testing.compare import close_half, eager_attention
 
 SMALL = Case(B=1, H=1, Hk=1, Nq=70, Nk=150, D=16, Dv=16, lse_gradient=True)
@@ -31,13 +31,13 @@ def compare(case, dtype, on_kernels, **options):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("bias", BIASES | LONG_BIASES)
 def test_bias(bias, causal, on_kernels):
     # Two heads: how well roundings cancel in the one number of one head says little.
     compare(dataclasses.replace(SMALL, H=2, bias=bias, causal=causal, seed=1), torch.bfloat16, on_kernels)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", MASKS | LONG_MASKS)
 def test_mask(mask, on_kernels):
     compare(dataclasses.replace(SMALL, B=2, bias="cable", mask=mask, seed=2), torch.float16, on_kernels)
 

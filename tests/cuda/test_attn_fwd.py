@@ -9,7 +9,7 @@ import torch
 
 import fastpe
 from fastpe import reference
-from fastpe.testing.cases import BIASES, MASKS, NEEDS_KEYS, NEEDS_KEYS_MASK, ROPES, SCORE, STORAGE, Case, build
+from fastpe.testing.cases import BIASES, LONG_BIASES, LONG_MASKS, MASKS, NEEDS_KEYS, NEEDS_KEYS_MASK, ROPES, SCORE, STORAGE, Case, build
 from fastpe.testing.compare import close_half, eager_attention, error
 
 # Three key tiles, the last one ragged.
@@ -31,13 +31,13 @@ def compare(case, dtype, on_kernels, **options):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("bias", BIASES | LONG_BIASES)
 def test_bias(bias, causal, on_kernels):
     compare(dataclasses.replace(SMALL, bias=bias, causal=causal, seed=1), torch.bfloat16, on_kernels)
 
 
 @pytest.mark.parametrize("bias", ["none", "cable"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", MASKS | LONG_MASKS)
 def test_mask(mask, bias, on_kernels):
     compare(dataclasses.replace(SMALL, B=2, bias=bias, mask=mask, seed=2), torch.float16, on_kernels)
 

@@ -128,5 +128,5 @@ def test_offsets_past_two_to_the_31():
 
 def test_float32_is_refused_by_name():
     q = torch.randn(1, 1, 8, 16, device="cuda")
-    with pytest.raises(RuntimeError, match="bfloat16 and float16, got float32"):
+    with pytest.raises(NotImplementedError, match="must be bfloat16 or float16, got float32"):
         fastpe.attention(q, q, q)

@@ -319,7 +319,7 @@ BIASES: dict[str, Callable[[_Draw], biases.Bias | None]] = {
     "dense_and_cable": _dense("H", "Nk", beside="cable"),
     **{f"fn_{kind}": _relative(kind) for kind in ("linear", "signed", "abs", "log", "power", "logsq")},
 }
-# What the CUDA kernels do not have.
+# What long-context methods bring.
 LONG_BIASES: dict[str, Callable[[_Draw], biases.Bias]] = {
     "products": _products,
     "product_clipped": _product_clipped,
@@ -388,7 +388,7 @@ def _blocks(block_q: int, block_k: int, *axes: str):
     return make
 
 
-# What the CUDA kernels do not have.
+# What long-context methods bring.
 LONG_MASKS: dict[str, Callable[[_Draw], masks.Mask]] = {
     "intervals": _intervals(),
     "lower": _intervals(lower=True),
