@@ -20,6 +20,10 @@ GOLDEN = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(GOLDEN)
 
 
+# Results with many entries; the gradient of a parameter has few.
+MAIN = ("out", "lse", "dq", "dk", "dv")
+
+
 @pytest.mark.parametrize("number", range(len(GOLDEN.CALLED)), ids=lambda i: GOLDEN.ids(GOLDEN.CALLED[i]))
 def test_kernels(number, on_kernels):
     key = GOLDEN.CALLED[number]
@@ -35,4 +39,4 @@ def test_kernels(number, on_kernels):
     for name, x in got.items():
         if GOLDEN.chosen(name, x, want[name]):
             continue
-        compare.close_half(name, x, want[name], own[name], floor=GOLDEN.FLOOR, dtype=dtype if name.startswith("d_") else None)
+        compare.close_half(name, x, want[name], own[name], floor=GOLDEN.FLOOR, dtype=None if name in MAIN else dtype)
