@@ -14,6 +14,7 @@
 
 #include "args.h"
 #include "cuda/launch.h"
+#include "mass.h"
 #include "merge.h"
 
 namespace fastpe::binding {
@@ -141,6 +142,25 @@ DeviceGrads device_attn_bwd(
   return g;
 }
 
+// ---- attention mass -------------------------------------------------------------------------------------------------
+
+template <class Queue>
+void run_mass(const char* op, const Tensor& q, const MassParams& p) {
+  Queue queue(q);
+  const Workspace w(q, cuda::attn_mass_workspace(p));
+  started(op, cuda::attn_mass(p, w.base, queue.stream()));
+}
+template <class Queue>
+Tensor device_attn_mass(Tensor q, Tensor k, Tensor lse, OptTensor weights, FASTPE_ATTN_PARAMS) {
+  check_half("attn_mass", q);
+  return attn_mass_on(q, k, lse, weights, FASTPE_ATTN_VALUES, [&](const MassParams& p) { run_mass<Queue>("attn_mass", q, p); });
+}
+template <class Queue>
+Tensor device_attn_rows(Tensor q, Tensor k, OptTensor lse, int64_t rows, bool logits, FASTPE_ATTN_PARAMS) {
+  check_half("attn_rows", q);
+  return attn_rows_on(q, k, lse, rows, logits, FASTPE_ATTN_VALUES, [&](const MassParams& p) { run_mass<Queue>("attn_rows", q, p); });
+}
+
 // ---- merging --------------------------------------------------------------------------------------------------------
 
 inline void check_merges(const char* op, const MergeParams& p) {
@@ -263,6 +283,8 @@ template <class Queue, class Library>
 void implement_device_ops(Library& m) {
   m.impl("attn_fwd", TORCH_BOX(&device_attn_fwd<Queue>));
   m.impl("attn_bwd", TORCH_BOX(&device_attn_bwd<Queue>));
+  m.impl("attn_mass", TORCH_BOX(&device_attn_mass<Queue>));
+  m.impl("attn_rows", TORCH_BOX(&device_attn_rows<Queue>));
   m.impl("merge_fwd", TORCH_BOX(&device_merge_fwd<Queue>));
   m.impl("merge_bwd", TORCH_BOX(&device_merge_bwd<Queue>));
   m.impl("rope_table", TORCH_BOX(&device_rope_table<Queue>));

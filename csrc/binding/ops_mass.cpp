@@ -1,57 +1,20 @@
 // CPU implementations of attention mass and rows of probabilities.
 #include <torch/csrc/stable/library.h>
 
-#include "args.h"
+#include "mass.h"
 #include "runtime.h"
 
 namespace fastpe::binding {
 namespace {
 
-// Everything but the outputs. Values have no say, keys stand in for them.
-MassParams read_mass(const char* op, const Tensor& q, const Tensor& k, const OptTensor& lse, FASTPE_ATTN_PARAMS) {
-  const AttnArgs a{q, k, k, FASTPE_ATTN_VALUES};
-  MassParams p;
-  p.fwd = read_attn(op, a);
-  if (lse) {
-    const Call c{op, q};
-    check_device(c, "lse", *lse);
-    check_dtype(c, "lse", *lse, aux_type(p.fwd.dtype));
-    check_shape(c, "lse", *lse, {{p.fwd.B}, {p.fwd.H}, {p.fwd.Nq}});
-    check(op, lse->is_contiguous(), "lse must be contiguous");
-    p.fwd.lse = read_ptr(*lse);
-  }
-  return p;
-}
+void run(const MassParams& p) { cpu::kernels().attn_mass(p, runtime()); }
 
 Tensor attn_mass(Tensor q, Tensor k, Tensor lse, OptTensor weights, FASTPE_ATTN_PARAMS) {
-  const char* op = "attn_mass";
-  MassParams p = read_mass(op, q, k, lse, FASTPE_ATTN_VALUES);
-  const AttnParams& f = p.fwd;
-  p.weights = read_aux({op, q}, "weights", weights, aux_type(f.dtype), {broadcast(f.B), broadcast(f.H), {f.Nq}});
-  Tensor mass = empty(q, {f.B, f.H, f.Nk}, aux_type(f.dtype));
-  if (mass.numel() > 0 && f.Nq > 0) {
-    p.mass = mass.mutable_data_ptr();
-    cpu::kernels().attn_mass(p, runtime());
-  } else {
-    torch::stable::zero_(mass);
-  }
-  return mass;
+  return attn_mass_on(q, k, lse, weights, FASTPE_ATTN_VALUES, run);
 }
 
 Tensor attn_rows(Tensor q, Tensor k, OptTensor lse, int64_t rows, bool logits, FASTPE_ATTN_PARAMS) {
-  const char* op = "attn_rows";
-  MassParams p = read_mass(op, q, k, lse, FASTPE_ATTN_VALUES);
-  const AttnParams& f = p.fwd;
-  check(op, rows >= 0 && rows <= f.Nq, "rows must lie in [0, ", f.Nq, "], got ", rows);
-  check(op, logits || lse.has_value(), "lse is missing");
-  Tensor out = empty(q, {f.B, f.H, rows, f.Nk}, aux_type(f.dtype));
-  if (out.numel() > 0) {
-    p.rows_out = out.mutable_data_ptr();
-    p.rows = rows;
-    p.logits = logits;
-    cpu::kernels().attn_mass(p, runtime());
-  }
-  return out;
+  return attn_rows_on(q, k, lse, rows, logits, FASTPE_ATTN_VALUES, run);
 }
 
 }  // namespace

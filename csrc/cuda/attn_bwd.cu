@@ -166,10 +166,11 @@ size_t attn_bwd_workspace(const AttnBwdParams& a) {
   return c.used;
 }
 
-int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream) {
-  const AttnParams& p = a.fwd;
-  Carver c{static_cast<char*>(workspace)};
-  BwdArgs g = carve(a, c);
+namespace {
+
+// Rotated operands and spans, as carved.
+int prepare(BwdArgs& g, void* stream) {
+  const AttnParams& p = g.a.fwd;
   int rc = 0;
   if (p.q_rope.cos.p) {
     for (int x = 0; x < pos::region_count(p.region.kind); ++x) {
@@ -182,11 +183,48 @@ int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream) {
     }
     if ((rc = prepare_keys(p, static_cast<uint16_t*>(g.k.p), nullptr, stream))) return rc;
   }
-  if ((rc = prepare_spans(p, g.spans, stream))) return rc;
   g.aligned_q = aligned(g.q);
   g.aligned_k = aligned(g.k);
   g.aligned_v = aligned(p.v);
-  g.aligned_do = aligned(a.d_o);
+  g.aligned_do = aligned(g.a.d_o);
+  return prepare_spans(p, g.spans, stream);
+}
+
+}  // namespace
+
+size_t attn_mass_workspace(const MassParams& m) {
+  AttnBwdParams a;
+  a.fwd = m.fwd;
+  return attn_bwd_workspace(a);
+}
+
+int attn_mass(const MassParams& m, void* workspace, void* stream) {
+  AttnBwdParams a;
+  a.fwd = m.fwd;
+  const AttnParams& p = a.fwd;
+  Carver c{static_cast<char*>(workspace)};
+  BwdArgs g = carve(a, c);
+  if (const int rc = prepare(g, stream)) return rc;
+  TermsArgs t{g, Walk::columns, Target::mass, static_cast<float*>(m.mass), 1, 1, false, false, 0, m.weights};
+  const int64_t nkt = tiles::ceil_div(p.Nk, kBlockN), nqb = tiles::ceil_div(p.Nq, kBwdBlock);
+  int64_t blocks = p.B * p.H * nkt;
+  if (!m.mass) {
+    t.walk = Walk::pairs;
+    t.target = m.logits ? Target::logits : Target::probabilities;
+    t.out = static_cast<float*>(m.rows_out);
+    t.first_row = p.Nq - m.rows;
+    blocks *= nqb - t.first_row / kBwdBlock;
+  }
+  const int dim = class_of(p);
+  return p.dtype == DType::bf16 ? launch_attn_bwd_terms<Bf16>(dim, t, blocks, stream) : launch_attn_bwd_terms<F16>(dim, t, blocks, stream);
+}
+
+int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream) {
+  const AttnParams& p = a.fwd;
+  Carver c{static_cast<char*>(workspace)};
+  BwdArgs g = carve(a, c);
+  int rc = prepare(g, stream);
+  if (rc) return rc;
   if ((rc = p.dtype == DType::bf16 ? run<Bf16>(g, stream) : run<F16>(g, stream))) return rc;
   if ((rc = p.dtype == DType::bf16 ? run_terms<Bf16>(g, stream) : run_terms<F16>(g, stream))) return rc;
 

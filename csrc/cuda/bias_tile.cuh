@@ -126,16 +126,4 @@ struct RowBias {
   }
 };
 
-// Columns of a tile that a row sees by index: [lo, hi) and [0, sinks).
-struct Columns {
-  int lo, hi, sinks;
-  FASTPE_DEVICE bool see(int c) const { return (c >= lo && c < hi) || c < sinks; }
-};
-FASTPE_DEVICE int clip(int64_t x, int64_t j0) { return int(x <= j0 ? 0 : x - j0 < kBlockN ? x - j0 : kBlockN); }
-FASTPE_DEVICE Columns columns_of_row(pos::Band band, int64_t I, int64_t j0, int64_t nk) {
-  const pos::Range w = pos::window_of_rows(band, I, I + 1, nk);
-  const pos::Range causal = pos::window_of_rows({0, band.right, 0}, I, I + 1, nk);
-  return {clip(w.lo, j0), clip(w.hi, j0), clip(band.sinks < causal.hi ? band.sinks : causal.hi, j0)};
-}
-
 }  // namespace fastpe::cuda

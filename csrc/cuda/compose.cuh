@@ -8,7 +8,7 @@
 
 namespace fastpe::cuda {
 
-// 64 x 64 floats. The pitch makes 8 rows of 4 neighbouring columns, what a warp works on, fall on 32 different banks.
+// 64 x 64 floats. The pitch leaves two lanes a bank where a warp stores fragments, and none where it reads along a row.
 constexpr uint32_t kScorePitch = 68, kScoreBytes = 64 * kScorePitch * 4;
 FASTPE_DEVICE uint32_t score_at(uint32_t tile, int row, int col) { return tile + (uint32_t(row) * kScorePitch + uint32_t(col)) * 4; }
 
@@ -27,14 +27,14 @@ FASTPE_DEVICE void fragments_from(uint32_t tile, float (&s)[kN][4]) {
     FASTPE_UNROLL
     for (int e = 0; e < 4; ++e) s[n][e] = ld_shared_f32(score_at(tile, int(warp_index() * 16 + frag_row(uint32_t(e >> 1))), int(8 * n + frag_col(uint32_t(e & 1)))));
 }
-// Calls f(x, row, col) for the 64 columns of a lane's rows, x = 0 and 1, of its warp's 16.
+// Calls f(x, row, col) for the scores of a lane's fragments: rows x = 0 and 1, 16 columns each.
 template <class F>
 FASTPE_DEVICE void for_own_rows(F&& f) {
   FASTPE_UNROLL
   for (int x = 0; x < 2; ++x) {
     const int row = int(warp_index() * 16 + frag_row(uint32_t(x)));
     FASTPE_NO_UNROLL
-    for (int col = int(lane_index() & 3); col < 64; col += 4) f(x, row, col);
+    for (int c = 0; c < 16; ++c) f(x, row, int(8 * (c >> 1) + frag_col(uint32_t(c & 1))));
   }
 }
 

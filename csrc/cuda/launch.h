@@ -28,6 +28,10 @@ int rotate(const RotateParams& p, void* stream);
 int rope_table(const RopeTableParams& p, void* stream);
 int prefix_sum(const PrefixParams& p, void* stream);
 
+// fwd.v: k, for its shape.
+size_t attn_mass_workspace(const MassParams& m);
+int attn_mass(const MassParams& m, void* workspace, void* stream);
+
 // float32 and the two 16-bit types; at most merge_parts() parts.
 int merge_parts();
 int merge_fwd(const MergeParams& p, void* stream);

@@ -88,4 +88,53 @@ FASTPE_DEVICE bool tile_has_one_region(const AttnParams& p, int64_t I0, int64_t 
   return n <= 1;
 }
 
+// ---- what a lane may see, as bits --------------------------------------------------------------------------------------
+// Found before the products, while registers are free, and two registers a row afterwards. A lane has the columns
+// 8 n + 2 t + e of a fragment, t its lane modulo 4: what is returned is shifted by 2 t, so that bit 8 n + e is theirs.
+
+// Bits c of 64 with lo <= base + c < hi.
+FASTPE_DEVICE uint64_t bits_between(int64_t lo, int64_t hi, int64_t base) {
+  lo = lo > base ? lo - base : 0;
+  hi = hi > base ? hi - base : 0;
+  if (lo >= hi || lo >= 64) return 0;
+  return (~uint64_t(0) << lo) & (hi >= 64 ? ~uint64_t(0) : (uint64_t(1) << hi) - 1);
+}
+// Clears the lane's bits of pairs that `see(column)` denies.
+template <class See>
+FASTPE_DEVICE uint64_t lane_bits(uint64_t bits, bool data, See&& see) {
+  const uint32_t first = frag_col(0);
+  if (data)
+    FASTPE_NO_UNROLL
+    for (uint32_t c = 0; c < 16; ++c) {
+      const uint32_t col = 8 * (c >> 1) + first + (c & 1);
+      if ((bits >> col & 1) && !see(int(col))) bits &= ~(uint64_t(1) << col);
+    }
+  return bits >> first;
+}
+
+// Keys of the tile at j0 that query i, absolute row I, sees in a region. shared: the tile has another region too.
+FASTPE_DEVICE uint64_t keys_seen(const AttnParams& p, pos::Band band, int region, bool shared, bool data, int64_t b, int64_t h, int64_t i, int64_t j0) {
+  const int64_t I = i + p.Nk - p.Nq;
+  const pos::Range w = pos::window_of_rows(band, I, I + 1, p.Nk), causal = pos::window_of_rows({0, band.right, 0}, I, I + 1, p.Nk);
+  uint64_t bits = bits_between(w.lo, w.hi, j0) | bits_between(0, band.sinks < causal.hi ? band.sinks : causal.hi, j0);
+  if (shared) {
+    const pos::Range r = pos::keys_of_region(p.region, region, I, I + 1, j0, j0 + kBlockN);
+    bits &= bits_between(r.lo, r.hi, j0);
+  }
+  if (data && i >= p.Nq) return 0;
+  return lane_bits(bits, data, [&](int col) { return sees(p, b, h, i, j0 + col); });
+}
+// Queries of the block at i0, `rows` of them, that see key j in a region.
+FASTPE_DEVICE uint64_t queries_seen(const AttnParams& p, pos::Band band, int region, bool shared, bool data, int64_t b, int64_t h, int64_t i0, int rows, int64_t j) {
+  const int64_t I0 = i0 + p.Nk - p.Nq;
+  const pos::Range w = pos::rows_of_key(band, j);
+  uint64_t bits = bits_between(w.lo, w.hi, I0) & bits_between(I0, I0 + rows, I0);
+  if (shared) {
+    const pos::Range r = pos::rows_of_region(p.region, region, j);
+    bits &= bits_between(r.lo, r.hi, I0);
+  }
+  if (j >= p.Nk) return 0;
+  return lane_bits(bits, data, [&](int row) { return sees(p, b, h, i0 + row, j); });
+}
+
 }  // namespace fastpe::cuda

@@ -79,5 +79,5 @@ def test_schemas_are_those_of_the_ops(ops):
     def text(op):
         return str(op.default._schema).split("::", 1)[1]
 
-    for name in ("attn_fwd", "attn_bwd", "rotate", "rotate_", "rope_table", "prefix_sum", "cumsum_exact"):
+    for name in ("attn_fwd", "attn_bwd", "rotate", "rotate_", "rope_table", "prefix_sum", "cumsum_exact", "merge_fwd", "merge_bwd", "attn_mass", "attn_rows"):
         assert text(getattr(ops, name)) == text(getattr(torch.ops.fastpe, name)), name

@@ -230,20 +230,18 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
     }
     cp_async_wait<0>();
     sync_block();
+    const bool data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
+    const bool partial = keys < kBlockN || data || shared || !pos::tile_full(band, I0, I1, j0, j1);
+    uint64_t seen[2] = {};
+    if (partial) {
+      FASTPE_UNROLL
+      for (int x = 0; x < 2; ++x) seen[x] = keys_seen(p, band, region, shared, data, b, h, row_of(x), j0);
+    }
     float s[kNt][4], dp[kNt][4];
     product_nt<T, kD>(s, sQ, sK);
     product_nt<T, kD>(dp, sO, sV);
 
     rb.tile(j0, j1, I0, I1, band.right == 1);
-    const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
-    Columns seen[2], own[2];
-    FASTPE_UNROLL
-    for (int x = 0; x < 2; ++x) {
-      const int64_t I = row_of(x) + offset;
-      seen[x] = columns_of_row(band, I, j0, p.Nk);
-      const pos::Range r = pos::keys_of_region(p.region, region, I, I + 1, j0, j0 + kBlockN);
-      own[x] = {clip(r.lo, j0), clip(r.hi, j0), 0};
-    }
     // From the product and dP of row x and a column of the tile to dS times what the product is multiplied by.
     const auto element = [&](int x, int col, float y, float raw, float dpv) {
       float v = raw * c[x], slope, outer = 1;
@@ -256,8 +254,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
         if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(local_row(x) + (kBlockN - 1) - col));
         else v = rb.add(x, v, y);
       }
-      bool visible = (!cut || seen[x].see(col)) && (!shared || own[x].see(col));
-      if (data) visible = visible && col < keys && row_of(x) < p.Nq && sees(p, b, h, row_of(x), j0 + col);
+      const bool visible = !partial || (seen[x] >> (uint32_t(col) - frag_col(0)) & 1);
       const float prob = visible ? ex2_approx(v - lse[x]) : 0.f;
       // An infinite dO times a hidden key must not leak.
       const float ds = prob == 0 ? 0.f : prob * (dpv - delta[x]);
@@ -380,9 +377,6 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
     FASTPE_UNROLL
     for (int d = 0; d < kDkTiles; ++d) dk[d][e] = 0;
   }
-  pos::Range own[2];  // rows that have the lane's keys in the region
-  FASTPE_UNROLL
-  for (int z = 0; z < 2; ++z) own[z] = pos::rows_of_region(p.region, region, j0 + local_key(z));
 
   FASTPE_NO_UNROLL
   for (int64_t x = 0; x < group; ++x) {
@@ -422,13 +416,19 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
         const int at = int(thread_index());
         if (at < 2 * kBwdBlock - 1) st_shared_f32(sT + 4 * at, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + at, p.bias.table_len)] * float(kLog2e));
       }
+      const bool data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
+      const bool partial = keys < kBlockN || rows < kBwdBlock || data || shared || !pos::tile_full(band, I0, I1, j0, j1);
+      uint64_t seen[2] = {};
+      if (partial) {
+        FASTPE_UNROLL
+        for (int z = 0; z < 2; ++z) seen[z] = queries_seen(p, band, region, shared, data, b, h, i0, rows, j0 + local_key(z));
+      }
       cp_async_wait<0>();
       sync_block();
       float s[kNt][4], ds[kNt][4];
       product_nt<T, kD>(s, sK, sQ);
       if constexpr (kDk) product_nt<T, kD>(ds, sV, sO);
 
-      const bool cut = keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1), data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
       float y[2] = {};
       if constexpr (kHasPositions<kKind>) {
         y[0] = rb.key(local_key(0), keys);
@@ -457,9 +457,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
           if constexpr (kKind == Kind::table) v += ld_shared_f32(sT + 4 * uint32_t(query + (kBlockN - 1) - local_key(z)));
           else v = rb.add(0, v, y[z]);
         }
-        bool visible = !cut || (j < j1 && pos::visible(band, I0 + query, j));
-        if (shared) visible = visible && I0 + query >= own[z].lo && I0 + query < own[z].hi;
-        if (data) visible = visible && j < j1 && query < rows && sees(p, b, h, i0 + query, j);
+        const bool visible = !partial || (seen[z] >> (uint32_t(query) - frag_col(0)) & 1);
         pv = visible ? ex2_approx(v - lse) : 0.f;
         if constexpr (kDk) {
           const float rho = ld_shared_f32(row_data(1, query)), delta = ld_shared_f32(row_data(3, query));

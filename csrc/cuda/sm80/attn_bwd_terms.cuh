@@ -17,11 +17,13 @@
 
 namespace fastpe::cuda {
 
+// The same kernel without dO makes what is asked of probabilities alone (chunked.md M6): their weighted sums by key, and
+// rows of probabilities or scores.
 enum class Walk : int32_t { diagonals, bins, rows, columns, pairs };
 // What is added up: dS of the table's entry, of the multiplicative kernel, of the pieces (times x, and alone), of row and
 // column entries, of the dense bias, of factor and addend of a pair of segments; delta itself, as sum of P dP by row. That one is free of what rounding P to 16 bits
 // put into out, which leaves row sums of dS that are not zero (FIRE's weights lose two digits in bf16).
-enum class Target : int32_t { table, omega, pieces, entries, dense, factor, segments, delta };
+enum class Target : int32_t { table, omega, pieces, entries, dense, factor, segments, delta, mass, probabilities, logits };
 
 struct TermsArgs {
   BwdArgs g;
@@ -31,6 +33,8 @@ struct TermsArgs {
   int64_t width;  // bins: sums of a warp. rows, columns: numbers of a token
   int parts;      // bins
   bool all_b, all_h;  // pairs: the gradient has one entry for all batches, heads
+  int64_t first_row = 0;  // pairs: `out` holds the queries from this one on
+  Aux weights;            // mass: (B|1,H|1,Nq); may be null
 };
 
 // Parts of the queries of one (batch, head) that add into bins of their own. Of shapes alone.
@@ -72,11 +76,12 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
     k0 = block % nkt;
     k1 = k0 + 1;
   } else {
+    const int64_t first = a.first_row / kBwdBlock;
     k0 = block % nkt;
     k1 = k0 + 1;
-    q0 = block / nkt % nqb;
+    q0 = first + block / nkt % (nqb - first);
     q1 = q0 + 1;
-    const int64_t rest = block / nkt / nqb, heads = a.all_h ? 1 : p.H;
+    const int64_t rest = block / nkt / (nqb - first), heads = a.all_h ? 1 : p.H;
     b0 = a.all_b ? 0 : rest / heads, b1 = a.all_b ? p.B : b0 + 1;
     h0 = a.all_h ? 0 : rest % heads, h1 = a.all_h ? p.H : h0 + 1;
   }
@@ -87,12 +92,15 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
   const auto own_pair = [&](int x) -> float* {
     const int item = x * kBwdThreads + tid;
     const int64_t i = q0 * kBwdBlock + item / kBwdBlock, j = k0 * kBlockN + item % kBwdBlock;
-    return i < p.Nq && j < p.Nk ? a.out + ((block / nkt / nqb) * p.Nq + i) * p.Nk + j : nullptr;
+    const int64_t plane = block / nkt / (nqb - a.first_row / kBwdBlock);
+    return i >= a.first_row && i < p.Nq && j < p.Nk ? a.out + (plane * (p.Nq - a.first_row) + i - a.first_row) * p.Nk + j : nullptr;
   };
+  const float nothing = a.target == Target::logits ? -kInf : 0.f;  // of a pair that is not visible
+  const bool backward = g.a.d_o.p != nullptr;
   if (a.walk == Walk::pairs)
     FASTPE_NO_UNROLL
     for (int x = 0; x < kItems; ++x)
-      if (float* to = own_pair(x)) *to = 0;
+      if (float* to = own_pair(x)) *to = nothing;
   float* bins = a.out + (int64_t(block) * kBinWarps + warp_index()) * a.width;
   if (a.walk == Walk::bins) {
     for (int64_t x = lane_index(); x < a.width; x += 32) bins[x] = 0;
@@ -132,20 +140,20 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
           const int keys = int(j1 - j0);
           sync_block();
           if (fresh) {
-            load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
+            if (backward) load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
             rb.start(p, b, h, offset, row_of);
             FASTPE_UNROLL
             for (int x = 0; x < 2; ++x) {
               const int64_t i = row_of(x) < p.Nq ? row_of(x) : p.Nq - 1, at = (b * p.H + h) * p.Nq + i;
               scale[x] = float(p.scale) * (p.row_scale.p ? *aux_at<float>(p.row_scale, b, h, i) : 1.f);
               c[x] = scale[x] * float(kLog2e);
-              const float v = static_cast<const float*>(p.lse)[at];
+              const float v = p.lse ? static_cast<const float*>(p.lse)[at] : 0.f;
               lse[x] = v == -kInf ? kInf : v * float(kLog2e);
-              delta[x] = g.delta[at];
+              delta[x] = backward ? g.delta[at] : 0.f;
             }
             fresh = false;
           }
-          load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
+          if (backward) load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
           // Scores of every region the tile has, each on its own pairs.
           bool first_region = true;
           float s[kNt][4];
@@ -163,7 +171,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
             for (int x = 0; x < 2; ++x) {
               const int64_t I = row_of(x) + offset;
               const pos::Range r = pos::keys_of_region(p.region, region, I, I + 1, j0, j0 + kBlockN);
-              const int lo = clip(r.lo, j0), hi = clip(r.hi, j0), row = int(warp_index() * 16 + frag_row(uint32_t(x)));
+              const int lo = int(r.lo - j0), hi = int(r.hi - j0), row = int(warp_index() * 16 + frag_row(uint32_t(x)));
               FASTPE_UNROLL
               for (int n = 0; n < kNt; ++n)
                 FASTPE_UNROLL
@@ -174,9 +182,11 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
             }
             first_region = false;
           }
-          product_nt<T, kD>(s, sO, sV);
-          if constexpr (Shape::kOverlay) sync_block();
-          fragments_to(s2, s);
+          if (backward) {
+            product_nt<T, kD>(s, sO, sV);
+            if constexpr (Shape::kOverlay) sync_block();
+            fragments_to(s2, s);
+          }
           sync_warp();
 
           rb.tile(j0, j1, I0, I1, false);
@@ -184,14 +194,18 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
           for_own_rows([&](int x, int row, int col) {
             const uint32_t at = score_at(s1, row, col), at2 = score_at(s2, row, col);
             const int64_t i = i0 + row, j = j0 + col, I = I0 + row;
-            float value = 0, second = 0;
+            float value = nothing, second = 0;
             bool visible = row < rows && col < keys && pos::visible(band, I, j);
             if (visible && data) visible = sees(p, b, h, i, j);
             if (visible) {
               const float raw = ld_shared_f32(at), d = rb.r[x] - rb.key(col, keys);
               const Composed made = compose(p, cap, b, h, i, j, raw * c[x], d, rb.gm[x], rb.p0, rb.p1);
-              const float prob = ex2_approx(made.x - lse[x]), ds = prob == 0 ? 0.f : prob * (ld_shared_f32(at2) - delta[x]);
-              value = a.target == Target::delta ? prob * ld_shared_f32(at2) : ds * made.outer;
+              const float prob = ex2_approx(made.x - lse[x]), dp = backward ? ld_shared_f32(at2) : 0.f, ds = prob == 0 ? 0.f : prob * (dp - delta[x]);
+              value = ds * made.outer;
+              if (a.target == Target::delta) value = prob * dp;
+              if (a.target == Target::mass) value = prob * (a.weights.p ? aux_at<float>(a.weights, b, h)[i] : 1.f);
+              if (a.target == Target::probabilities) value = prob;
+              if (a.target == Target::logits) value = made.x * float(kLn2);
               if (a.target == Target::omega) value = ds * made.inner * scale[x] * raw * factor_at(p, b, h, i, j);
               if (a.target == Target::factor) value = ds * made.inner * scale[x] * raw * omega_at(p, h, i, j);
               if (p.bias.form == BiasForm::fire && (a.target == Target::table || a.target == Target::pieces)) {
@@ -247,7 +261,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
             FASTPE_NO_UNROLL
             for (int x = 0; x < kItems; ++x) {
               const int item = x * kBwdThreads + tid;
-              if (float* to = own_pair(x)) *to += ld_shared_f32(score_at(s1, item / kBwdBlock, item % kBwdBlock));
+              const float v = ld_shared_f32(score_at(s1, item / kBwdBlock, item % kBwdBlock));
+              if (float* to = own_pair(x)) *to = backward ? *to + v : v;
             }
           } else if (a.walk == Walk::diagonals) {
             // Thread x: offset I0 - j0 - 63 + x.

@@ -6,10 +6,10 @@
 // Shared memory: Q | K | V | table values of the tile, or its scores where they are composed; one stage each.
 // A round for one key tile; K of the round is under way when it starts:
 //   wait, barrier              K is there; everyone has finished with V and the table
-//   start V; stage the table
+//   start V; stage the table; find what is visible; choose the next tile
 //   S = Q K^T
 //   wait, barrier              V is there; everyone has finished with K
-//   choose the next tile, start its K
+//   start K of the next tile
 //   scale, bias, mask, online softmax; O += P V
 // The copies of V run under the first product, those of the next K under the softmax and the second product.
 // Q is rotated between its load and shared memory; keys come rotated from prepare.cuh. With regions (pos/region.h) the
@@ -82,7 +82,6 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
 
   // ---- what stays with a row ---------------------------------------------------------------------------------------------
   float c[kRows], m[kRows], l[kRows], qn[kRows];
-  int32_t q_id[kRows];
   RowBias<kKind, kRows> rb;
   rb.start(p, b, h, offset, row_of);
   FASTPE_UNROLL
@@ -92,7 +91,6 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     m[x] = -kInf;
     l[x] = 0;
     qn[x] = 0;
-    q_id[x] = p.vis.q_ids ? p.vis.q_ids[b * p.vis.q_ids_sb + i] : 0;
   }
   const bool may_skip = kKind != Kind::none && kKind != Kind::composed && a.skip > -kInf;
   const auto query_norms = [&] {
@@ -209,23 +207,22 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
         st_shared_f32(sT + 4 * x, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + x, p.bias.table_len)] * float(kLog2e));
     }
 
-    // What data hides, as bits of a row's 16 columns: found before the scores take up registers.
-    uint32_t hidden[kRows] = {};
+    const int keys = int(j1 - j0);
     bool data = has_data(p.vis);
     if (p.vis.k_ids && !p.vis.mask && !sees_by_rules(p.vis)) {
       const int32_t *q_span = a.pre.spans.q_id + b * a.pre.spans.q_id_sb + 2 * qb, *span = a.pre.spans.k_id + b * a.pre.spans.k_id_sb + 2 * t;
       // One document.
       data = !(q_span[0] == q_span[1] && span[0] == span[1] && span[0] == q_span[0] && span[0] >= 0);
     }
-    if (data) {
+    const bool shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
+    // Full tiles, nearly all of a long call, hide nothing.
+    const bool partial = keys < kBlockN || data || shared || !pos::tile_full(band, I0, I1, j0, j1);
+    uint64_t seen[kRows] = {};
+    if (partial) {
       FASTPE_UNROLL
-      for (int x = 0; x < kRows; ++x)
-        FASTPE_NO_UNROLL
-        for (int c = 0; c < 2 * kNt; ++c) {
-          const int64_t j = j0 + 8 * (c >> 1) + frag_col(uint32_t(c & 1));
-          if (j >= j1 || row_of(x) >= p.Nq || !sees(p, b, h, row_of(x), j)) hidden[x] |= 1u << c;
-        }
+      for (int x = 0; x < kRows; ++x) seen[x] = keys_seen(p, band, region, shared, data, b, h, row_of(x), j0);
     }
+    const int next = next_tile();
 
     // ---- S = Q K^T ------------------------------------------------------------------------------------------------------------
     float s[kMt][kNt][4];
@@ -253,22 +250,11 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     }
     cp_async_wait<0>();
     sync_block();
-    t = next_tile();
+    t = next;
     if (t >= 0) start_keys(t);
     cp_async_commit();
 
     // ---- scale, bias, mask ---------------------------------------------------------------------------------------------------
-    const int keys = int(j1 - j0);
-    // -inf where see(row, column) says no.
-    const auto hide = [&](auto see) {
-      FASTPE_UNROLL
-      for (int n = 0; n < kNt; ++n)
-        FASTPE_UNROLL
-        for (int e = 0; e < 2; ++e)
-          FASTPE_UNROLL
-          for (int x = 0; x < kRows; ++x)
-            if (!see(x, int(8 * n + frag_col(e)))) s[x >> 1][n][2 * (x & 1) + e] = -kInf;
-    };
     rb.tile(j0, j1, I0, I1, band.right == 1);
     const Softcap cap(p);
     if constexpr (kKind == Kind::composed) {
@@ -301,31 +287,14 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
           }
         }
     }
-    // Full tiles, nearly all of a long call, stop here.
-    if (keys < kBlockN || !pos::tile_full(band, I0, I1, j0, j1)) {
-      Columns seen[kRows];
-      FASTPE_UNROLL
-      for (int x = 0; x < kRows; ++x) seen[x] = columns_of_row(band, row_of(x) + offset, j0, p.Nk);
-      hide([&](int x, int col) { return seen[x].see(col); });
-    }
-    if (data) {
+    if (partial) {
       FASTPE_UNROLL
       for (int n = 0; n < kNt; ++n)
         FASTPE_UNROLL
         for (int e = 0; e < 2; ++e)
           FASTPE_UNROLL
           for (int x = 0; x < kRows; ++x)
-            if (hidden[x] >> (2 * n + e) & 1) s[x >> 1][n][2 * (x & 1) + e] = -kInf;
-    }
-    if (regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1)) {
-      Columns own[kRows];
-      FASTPE_UNROLL
-      for (int x = 0; x < kRows; ++x) {
-        const int64_t I = row_of(x) + offset;
-        const pos::Range r = pos::keys_of_region(p.region, region, I, I + 1, j0, j0 + kBlockN);
-        own[x] = {clip(r.lo, j0), clip(r.hi, j0), 0};
-      }
-      hide([&](int x, int col) { return own[x].see(col); });
+            if (!(seen[x] >> (8 * n + e) & 1)) s[x >> 1][n][2 * (x & 1) + e] = -kInf;
     }
 
     // ---- online softmax ----------------------------------------------------------------------------------------------------------
