@@ -19,7 +19,10 @@
 
 namespace fastpe::binding {
 
-inline void started(const char* op, int rc) { check(op, rc == 0, "a kernel could not be started: ", cuda::error_text(rc)); }
+// cudaErrorInvalidValue (1) is what asking for more shared memory than a block may have gives.
+inline void started(const char* op, int rc) {
+  check(op, rc == 0, "a kernel could not be started: ", cuda::error_text(rc), rc == 1 ? "; this GPU may have less shared memory a block than the head size needs (docs/cuda.md)" : "");
+}
 
 // 256-byte aligned memory of a call. Tensors of torch's allocator stay valid until the stream has used them.
 struct Workspace {

@@ -71,8 +71,14 @@ def test_storage(storage, on_emulator):
 SCHEDULES = [{}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
 
 
-def test_every_schedule_gives_the_same_bits(on_emulator):
-    case = dataclasses.replace(SMALL, Nk=130, D=32, bias="cable", mask="everything", rope="half", score=("row_scale",), seed=9)
+@pytest.mark.parametrize("changes", [
+    {"bias": "cable", "mask": "everything", "score": ("row_scale",)},
+    {"bias": "fire", "mask": "segments", "region": "dual_chunk", "causal": True},
+    {"bias": "dense_and_cable", "mask": "blocks", "score": ("softcap_bias",)},
+    {"bias": "table_positions", "D": 136, "Dv": 136, "Nq": 40},
+], ids=lambda c: c["bias"])  # fmt: skip
+def test_every_schedule_gives_the_same_bits(changes, on_emulator):
+    case = dataclasses.replace(SMALL, **{"Nk": 130, "D": 32, "rope": "half", "seed": 9} | changes)
     first, *others = [compare(case, torch.bfloat16, on_emulator, **s) for s in SCHEDULES]
     for got in others:
         assert all(torch.equal(got[n], x) for n, x in first.items() if x is not None)
