@@ -9,9 +9,12 @@ import torch
 
 import fastpe
 from fastpe import reference
+from fastpe.ops import _ARGS, _PLAIN
 from fastpe.testing.cases import BIASES, LONG_BIASES, LONG_MASKS, MASKS, NEEDS_KEYS, NEEDS_KEYS_MASK, ROPES, SCORE, STORAGE, Case, build
 from fastpe.testing.compare import close_half, eager_attention, error
 
+# attn_fwd's arguments after q, k and v, of a call without any extras.
+PLAIN = [{"scale": 0.25, "block_q": 1, "block_k": 1, "softcap_bias": False}.get(n, 0 if n in _PLAIN else None) for n in _ARGS[3:-1]]
 # Products with tables, which the CUDA kernels refuse.
 PRODUCTS = {"products", "product_clipped"}
 # Three key tiles, the last one ragged.
@@ -138,10 +141,9 @@ def test_decayed_tiles_are_skipped_within_the_bound(bias, on_emulator):
 def test_residual_is_what_rounding_took(on_emulator, emu):
     run = build(dataclasses.replace(SMALL, bias="none"), torch.bfloat16)
     q, k, v = run.qkv
-    empty = [None] * 2 + [0, 0] + [None] * 6 + [0, 0, 0] + [None] * 5 + [0.25, 0.0, 0.0, 0.0] + [None] * 6 + [False] + [None] * 10 + [1, 1, 0, 0]
     with torch.no_grad():
-        out, _, residual = torch.ops.fastpe_emu.attn_fwd(q, k, v, *empty, True)
-        exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *empty, False)
+        out, _, residual = torch.ops.fastpe_emu.attn_fwd(q, k, v, *PLAIN, True)
+        exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *PLAIN, False)
     assert error(out.double() + residual.double(), exact) < 0.6 * error(out, exact)
 
 
@@ -157,10 +159,9 @@ def test_splits_of_the_keys(Nq, Nk, bias, mask, score, on_kernels, emu, on_emula
 def test_splits_keep_the_residual(on_emulator):
     run = build(dataclasses.replace(SMALL, Nq=2, Nk=600), torch.bfloat16)
     q, k, v = run.qkv
-    empty = [None] * 2 + [0, 0] + [None] * 6 + [0, 0, 0] + [None] * 5 + [0.25, 0.0, 0.0, 0.0] + [None] * 6 + [False] + [None] * 10 + [1, 1, 0, 0]
     with torch.no_grad(), on_emulator():
-        out, _, residual = torch.ops.fastpe.attn_fwd(q, k, v, *empty, True)
-    exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *empty, False)
+        out, _, residual = torch.ops.fastpe.attn_fwd(q, k, v, *PLAIN, True)
+    exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *PLAIN, False)
     assert error(out.double() + residual.double(), exact) < 0.6 * error(out, exact)
 
 
