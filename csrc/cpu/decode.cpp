@@ -352,6 +352,11 @@ struct Decode {
       if (!started) start(u, w);
       started = true;
       ++visited;
+      if (u.list) {
+        // Listed rows lie anywhere: those of the first chunk and the values are asked for before the keys are used.
+        fetch_listed(p.k, u, tile, 0, kChunk, p.D);
+        fetch_listed(p.v, u, tile, 0, kKeys, p.Dv);
+      }
       scores(u, tile, any, w);
       soften(u, tile, w);
       values(u, tile, any, w);
@@ -567,6 +572,13 @@ struct Decode {
     }
   }
 
+  void fetch_listed(const View& x, const Unit& u, const Tile& t, int64_t c0, int64_t c1, int64_t channels) const {
+    for (int64_t y = c0; y < c1 && y < t.n; ++y) {
+      if (t.list[y] < 0) continue;
+      const char* row = reinterpret_cast<const char*>(row_at(x, u, t.list[y]));
+      for (int64_t e = 0; e < channels * size; e += 64) __builtin_prefetch(row + e, 0, 2);
+    }
+  }
   // Rows j.. of keys or values, wanted soon.
   Ahead ahead_of(const View& x, const Unit& u, int64_t j, int64_t channels) const {
     return {reinterpret_cast<const char*>(row_at(x, u, j)), x.sn * size, 0, channels * size};
@@ -585,6 +597,7 @@ struct Decode {
       if (!(any >> c & 0xffff)) continue;
       Ahead ahead;  // the values that go with these keys
       if (!d.list && c + kChunk <= t.n) ahead = ahead_of(p.v, u, t.j0 + c, p.Dv);
+      if (t.list) fetch_listed(p.k, u, t, c + kChunk, c + 2 * kChunk, p.D);
       Operand<U> k;
       bool loaded = false, first = true;
       for (int x = 0; x < int(regions); ++x) {
