@@ -25,6 +25,7 @@ class Layer(torch.nn.Module):
             "t5": lambda: fastpe.nn.T5Bias(heads, bidirectional=False),
             "cable": lambda: fastpe.nn.CableBias(width, heads),
             "forget": lambda: fastpe.nn.ForgetBias(width, heads),
+            "relative_key": lambda: torch.nn.Parameter(torch.randn(2 * 320 - 1, width // heads)),
             "window": lambda: None,
             "documents": lambda: None,
         }[kind]()
@@ -34,6 +35,8 @@ class Layer(torch.nn.Module):
         kwargs = {}
         if self.kind == "rope":
             kwargs["rope"] = self.position
+        elif self.kind == "relative_key":
+            kwargs["bias"] = fastpe.bias.relative_key(q, self.position)
         elif self.position is not None:
             kwargs["bias"] = self.position(x)
         if self.kind == "window":
@@ -44,7 +47,7 @@ class Layer(torch.nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
-KINDS = ("rope", "alibi", "kerple", "t5", "cable", "forget", "window", "documents")
+KINDS = ("rope", "alibi", "kerple", "t5", "cable", "forget", "relative_key", "window", "documents")
 
 
 @pytest.mark.parametrize("kind, lengths", [(kind, "") for kind in KINDS] + [("cable", "long")])
