@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "args.h"
+#include "attn_bwd.h"
 #include "core/tiles.h"
 #include "runtime.h"
 
@@ -35,91 +36,13 @@ std::tuple<Tensor, Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE
   return {out, lse, residual};
 }
 
-using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Grads attn_bwd(
+AttnGrads attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
     int64_t needs) {
-  const char* op = "attn_bwd";
-  const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
-  AttnBwdParams b;
-  b.fwd = read_attn(op, a);
-  AttnParams& p = b.fwd;
-  const Call c{op, q};
-  const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
-
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, type);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
-  }
-  // Autograd hands over gradients in any layout, expanded ones among them.
-  const Tensor d_o = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);
-  b.d_o = read_view(c, "dout", d_o);
-  p.o = read_view(c, "out", out);
-  if (residual) {
-    check_device(c, "residual", *residual);
-    check_dtype(c, "residual", *residual, type);
-    check_shape(c, "residual", *residual, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
-    p.residual = read_view(c, "residual", *residual);
-  }
-  check_device(c, "lse", lse);
-  check_dtype(c, "lse", lse, aux);
-  check_shape(c, "lse", lse, {{p.B}, {p.H}, {p.Nq}});
-  const Tensor lse_c = torch::stable::contiguous(lse);
-  p.lse = read_ptr(lse_c);
-  OptTensor dlse_c;
-  if (dlse) {
-    check_device(c, "dlse", *dlse);
-    check_dtype(c, "dlse", *dlse, aux);
-    check_shape(c, "dlse", *dlse, {{p.B}, {p.H}, {p.Nq}});
-    dlse_c = torch::stable::contiguous(*dlse);
-    b.dlse = dlse_c->const_data_ptr();
-  }
-
-  b.needs = needs;
-  const auto grad_in_order = [&](Needs bit, const Tensor& x, View& g) {
-    if (!(needs & bit)) return none(q, type);
-    Tensor t = empty_in_order(x, x.size(0), x.size(1), x.size(2), x.size(3));
-    g = view(t, t.mutable_data_ptr());
-    return t;
-  };
-  const auto grad_of = [&](Needs bit, const char* name, const OptTensor& x, void*& g) {
-    if (!(needs & bit)) return none(q, aux);
-    check(op, x.has_value(), "the gradient of ", name, " is asked for, but the call has no ", name);
-    Tensor t = empty_contiguous(*x);
-    g = t.mutable_data_ptr();
-    return t;
-  };
-  Tensor dq = grad_in_order(need_q, q, b.dq);
-  Tensor dk = grad_in_order(need_k, k, b.dk);
-  Tensor dv = grad_in_order(need_v, v, b.dv);
-  Tensor dparams = grad_of(need_params, "bias_params", bias_params, b.dparams);
-  Tensor dgamma = grad_of(need_gamma, "bias_gamma", bias_gamma, b.dgamma);
-  Tensor du = grad_of(need_u, "bias_u", bias_u, b.du);
-  Tensor dw = grad_of(need_w, "bias_w", bias_w, b.dw);
-  Tensor dtable = grad_of(need_table, "bias_table", bias_table, b.dtable);
-  Tensor drow_scale = grad_of(need_row_scale, "row_scale", row_scale, b.drow_scale);
-  Tensor dpieces = grad_of(need_pieces, "bias_pieces", bias_pieces, b.dpieces);
-  Tensor domega = grad_of(need_omega, "bias_omega", bias_omega, b.domega);
-  Tensor drows = grad_of(need_rows, "bias_rows", bias_rows, b.drows);
-  Tensor dcols = grad_of(need_cols, "bias_cols", bias_cols, b.dcols);
-  Tensor ddense = grad_of(need_dense, "bias_dense", bias_dense, b.ddense);
-  Tensor dfactor = grad_of(need_factor, "bias_factor", bias_factor, b.dfactor);
-  Tensor dpairs = grad_of(need_pairs, "bias_pairs", bias_pairs, b.dpairs);
-  Tensor drow_q = grad_of(need_row_q, "bias_row_q", bias_row_q, b.drow_q);
-  Tensor drow_e = grad_of(need_row_e, "bias_row_e", bias_row_e, b.drow_e);
-  Tensor dcol_k = grad_of(need_col_k, "bias_col_k", bias_col_k, b.dcol_k);
-  Tensor dcol_e = grad_of(need_col_e, "bias_col_e", bias_col_e, b.dcol_e);
-
-  if (p.B > 0 && p.H > 0 && p.Nq > 0 && p.Nk > 0) {
-    if (needs) {
-      Stats stats;
-      cpu::kernels().attn_bwd(b, runtime(), stats.get());
-    }
-  } else {
-    for (Tensor* t : {&dq, &dk, &dv, &dparams, &dgamma, &du, &dw, &dtable, &drow_scale, &dpieces, &domega, &drows, &dcols, &ddense, &dfactor, &dpairs, &drow_q, &drow_e, &dcol_k, &dcol_e}) torch::stable::zero_(*t);
-  }
-  return {dq, dk, dv, dparams, dgamma, du, dw, dtable, drow_scale, dpieces, domega, drows, dcols, ddense, dfactor, dpairs, drow_q, drow_e, dcol_k, dcol_e};
+  return attn_bwd_on(dout, dlse, q, k, v, out, lse, residual, FASTPE_ATTN_VALUES, needs, [](const AttnBwdParams& b) {
+    Stats stats;
+    cpu::kernels().attn_bwd(b, runtime(), stats.get());
+  });
 }
 
 // ---- rotation ---------------------------------------------------------------------------------------------------

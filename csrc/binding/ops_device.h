@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "args.h"
+#include "attn_bwd.h"
 #include "cuda/launch.h"
 #include "mass.h"
 #include "merge.h"
@@ -66,83 +67,17 @@ std::tuple<Tensor, Tensor, Tensor> device_attn_fwd(Tensor q, Tensor k, Tensor v,
   return {out, lse, residual};
 }
 
-using DeviceGrads =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <class Queue>
-DeviceGrads device_attn_bwd(
+AttnGrads device_attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
     int64_t needs) {
-  const char* op = "attn_bwd";
-  check_half(op, q);
-  const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
-  AttnBwdParams b;
-  b.fwd = read_attn(op, a);
-  AttnParams& p = b.fwd;
-  check_supported(op, p);
-  const Call c{op, q};
-  const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
-  Queue queue(q);
-
-  const auto result = [&](const char* name, const Tensor& t) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, type);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
-  };
-  const auto row = [&](const char* name, const Tensor& t) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, aux);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}});
-  };
-  result("dout", dout);
-  result("out", out);
-  row("lse", lse);
-  // Copies live until the kernels are in the stream.
-  const Tensor d_o = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout), lse_c = torch::stable::contiguous(lse);
-  b.d_o = read_view(c, "dout", d_o);
-  p.o = read_view(c, "out", out);
-  p.lse = read_ptr(lse_c);
-  if (residual) {
-    result("residual", *residual);
-    p.residual = read_view(c, "residual", *residual);
-  }
-  OptTensor dlse_c;
-  if (dlse) {
-    row("dlse", *dlse);
-    dlse_c = torch::stable::contiguous(*dlse);
-    b.dlse = dlse_c->const_data_ptr();
-  }
-  b.needs = needs;
-  const auto like = [&](Needs bit, const Tensor& x, View& g) {
-    if (!(needs & bit)) return none(q, type);
-    Tensor t = empty_in_order(x, x.size(0), x.size(1), x.size(2), x.size(3));
-    g = view(t, t.mutable_data_ptr());
-    return t;
-  };
-  const auto grad_of = [&](Needs bit, const char* name, const OptTensor& x, void*& g) {
-    if (!(needs & bit)) return none(q, aux);
-    check(op, x.has_value(), "the gradient of ", name, " is asked for, but the call has no ", name);
-    Tensor t = empty_contiguous(*x);
-    g = t.mutable_data_ptr();
-    return t;
-  };
-  DeviceGrads g{
-      like(need_q, q, b.dq), like(need_k, k, b.dk), like(need_v, v, b.dv),
-      grad_of(need_params, "bias_params", bias_params, b.dparams), grad_of(need_gamma, "bias_gamma", bias_gamma, b.dgamma),
-      grad_of(need_u, "bias_u", bias_u, b.du), grad_of(need_w, "bias_w", bias_w, b.dw),
-      grad_of(need_table, "bias_table", bias_table, b.dtable), grad_of(need_row_scale, "row_scale", row_scale, b.drow_scale),
-      grad_of(need_pieces, "bias_pieces", bias_pieces, b.dpieces), grad_of(need_omega, "bias_omega", bias_omega, b.domega),
-      grad_of(need_rows, "bias_rows", bias_rows, b.drows), grad_of(need_cols, "bias_cols", bias_cols, b.dcols),
-      grad_of(need_dense, "bias_dense", bias_dense, b.ddense),
-      grad_of(need_factor, "bias_factor", bias_factor, b.dfactor), grad_of(need_pairs, "bias_pairs", bias_pairs, b.dpairs),
-      none(q, aux), none(q, aux), none(q, aux), none(q, aux)};
-  if (!needs) return g;
-  if (p.B > 0 && p.H > 0 && p.Nq > 0 && p.Nk > 0) {
+  check_half("attn_bwd", q);
+  return attn_bwd_on(dout, dlse, q, k, v, out, lse, residual, FASTPE_ATTN_VALUES, needs, [&](const AttnBwdParams& b) {
+    check_supported("attn_bwd", b.fwd);
+    Queue queue(q);
     const Workspace w(q, cuda::attn_bwd_workspace(b));
-    started(op, cuda::attn_bwd(b, w.base, queue.stream()));
-  } else {
-    std::apply([](auto&... t) { (torch::stable::zero_(t), ...); }, g);
-  }
-  return g;
+    started("attn_bwd", cuda::attn_bwd(b, w.base, queue.stream()));
+  });
 }
 
 // ---- attention mass -------------------------------------------------------------------------------------------------
