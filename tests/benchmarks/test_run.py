@@ -291,10 +291,11 @@ def test_cpu_time_does_not_count_sleep():
 def test_peak_memory_is_that_of_the_call():
     kept = []
     size = 32 * 2**20
+    low = size - 2**20  # Linux counts resident pages per CPU and adds them up in batches (64 pages and more per CPU)
     peak = timing.peak_extra_bytes(lambda: torch.ones(size // 4).sum())
-    assert size <= peak < size + 8 * 2**20
+    assert low <= peak < size + 8 * 2**20
     peak = timing.peak_extra_bytes(lambda: kept.append(torch.ones(size // 4)))
-    assert size <= peak < size + 8 * 2**20
+    assert low <= peak < size + 8 * 2**20
     assert timing.peak_extra_bytes(lambda: None) < 4 * 2**20
 
 
