@@ -305,7 +305,7 @@ struct Backward {
   void pack_task(int64_t task, int worker) {
     const int64_t w = task / call.nk_tiles, bk = head0 + w;
     const BwdScratch<E> sc = scratch(worker);
-    packs[w].pack(p, bk / p.Hk, bk % p.Hk, task % call.nk_tiles, sc.rows, sc.tmp);
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, task % call.nk_tiles, sc.rows);
   }
 
   void split_task(int64_t task, int worker) {
@@ -503,8 +503,7 @@ struct Backward {
       const V form = tb.upper(hb, l, I0, j_first, j_last) + V(score);
       const V bound = w.terms ? terms.upper(*w.reach, product, form) : product + form;
       const Mask<S> proven = V::load(w.lse + l) + V::load(w.slack + l) >= bound;
-      for (int x = 0; x < L; ++x)
-        if (!proven.m[x]) return false;
+      if (!all(proven)) return false;
     }
     return true;
   }
@@ -584,18 +583,13 @@ struct Backward {
 
   // dK and dQ of keys [js, je), js at a whole unit, which all belong to region x as far as dS is not 0.
   void by_region(const KVPack<E>& kv, int64_t t, int64_t j0, int x, const S* ds, BwdScratch<E>& w, int64_t js, int64_t jm, int64_t je, int64_t lanes, S* dk_acc, Touched& touched) const {
-    constexpr int64_t P = kPitch<S>, half = kBM / 2, units = kBN<E> / E::kPack;
+    constexpr int64_t P = kPitch<S>;
     if (dk_acc) by_key(dk_acc + ((copies > 1 ? x : 0) * p.Nk + j0) * dp, dp, E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa, w.qr + x * qr_step(), js, jm, je, lanes);
     if (!want_q) return;
     const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsb;
     const int64_t ldb = E::kPack == 1 ? P : kBM;
-    const U* kc = kv.cols_of(p, x, call.nk_tiles) + t * p.D * units;
-    S* dq = w.dq + x * p.D * kBM;
     // The split is at a whole unit (Call::classify); a range cut by a region may end inside one.
-    const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
-    if (touched >> x & 1) gemm<E, true>(kc + u0, units, dsb + u0 * ldb, ldb, dq, kBM, p.D, lanes, u_end - u0);
-    else gemm<E, false>(kc + u0, units, dsb + u0 * ldb, ldb, dq, kBM, p.D, lanes, u_end - u0);
-    if (jm < je) gemm<E, true>(kc + um, units, dsb + um * ldb + half, ldb, dq + half, kBM, p.D, lanes - half, u1 - um);
+    sum_keys<E>(kv.keys(p, x, t), dsb, ldb, w.dq + x * p.D * kBM, p.D, js, jm, je, lanes, !(touched >> x & 1));
     touched |= Touched(1) << x;
   }
 

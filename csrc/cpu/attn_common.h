@@ -710,60 +710,112 @@ FASTPE_INLINE Rope key_rope(const AttnParams& p, int x, int64_t j) {
   return region_rope<S>(p.k_rope, pos::region_by_key(p.region.kind) ? pos::region_of(p.region, 0, j) : x);
 }
 
-// Packed forms of one (batch, kv head). Which ones exist depends on the pass.
+// Whether rows of x serve as A operands where they lie: of the operand's own type, one after the other. (Rows a power of two
+// apart would share few sets of a cache.)
+template <class E>
+FASTPE_INLINE bool in_place(const View& x, DType type, int64_t n) {
+  if (x.sn != n || n % E::kPack) return false;
+  return type == (E::kPack == 2 ? DType::bf16 : sizeof(typename E::S) == 8 ? DType::f64 : DType::f32);
+}
+template <class E>
+FASTPE_INLINE const typename E::U* operand_rows(const View& x, int64_t b, int64_t h) {
+  constexpr int64_t size = int64_t(sizeof(typename E::U)) / E::kPack;
+  return reinterpret_cast<const typename E::U*>(static_cast<const char*>(x.p) + (b * x.sb + h * x.sh) * size);
+}
+
+// Operand forms of keys and values of one (batch, kv head). Rows serve scores and dP; keys on the summed axis (At of gemm.h)
+// serve O and dQ: where a unit is one scalar those are the rows again, else pairs of rows tile by tile.
 template <class E>
 struct KVPack {
   using U = typename E::U;
   using S = typename E::S;
-  U* k_rows = nullptr;  // A: (copies, Nk, D/kPack)         scores
-  U* v_rows = nullptr;  // A: (Nk, Dv/kPack)                dP
-  U* k_cols = nullptr;  // A: (copies, tiles, D, BN/kPack)  dQ
-  U* v_cols = nullptr;  // A: (tiles, Dv, BN/kPack)         O
-  S* k_norm = nullptr;  // (tiles) upper bound of |k_j| over the tile
+  static constexpr int64_t kUnits = kBN<E> / E::kPack;
+  const U *k_rows = nullptr, *v_rows = nullptr;  // (copies, Nk, D/kPack), (Nk, Dv/kPack)
+  U *k_own = nullptr, *v_own = nullptr;          // room for them, unless they serve in place
+  U *k_pairs = nullptr, *v_pairs = nullptr;      // (copies, tiles, kUnits, padded D), (tiles, kUnits, padded Dv)
+  S* k_norm = nullptr;                           // (tiles) upper bound of |k_j| over the tile
 
+  static int64_t pad(int64_t n) { return tiles::round_up(n, Vec<S>::kLanes); }
   // Rotated copies of the keys: one a region, unless all turn keys alike or the key alone decides.
   static int copies(const AttnParams& p) { return p.k_rope.sr && !pos::region_by_key(p.region.kind) ? pos::region_count(p.region.kind) : 1; }
   const U* rows_of(const AttnParams& p, int x) const { return k_rows + (copies(p) > 1 ? x : 0) * p.Nk * (p.D / E::kPack); }
-  const U* cols_of(const AttnParams& p, int x, int64_t nt) const { return k_cols + (copies(p) > 1 ? x : 0) * nt * p.D * (kBN<E> / E::kPack); }
+  // Tile t on the summed axis, with its pitch.
+  struct Summed {
+    const U* at;
+    int64_t ld;
+  };
+  Summed keys(const AttnParams& p, int x, int64_t t) const {
+    if constexpr (E::kPack == 1) return {rows_of(p, x) + t * kBN<E> * p.D, p.D};
+    else return {k_pairs + ((copies(p) > 1 ? x : 0) * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D), pad(p.D)};
+  }
+  Summed values(const AttnParams& p, int64_t t) const {
+    if constexpr (E::kPack == 1) return {v_rows + t * kBN<E> * p.Dv, p.Dv};
+    else return {v_pairs + t * kUnits * pad(p.Dv), pad(p.Dv)};
+  }
 
-  void carve(Carver& c, const AttnParams& p, int64_t nt, bool rows_v, bool cols_k, bool cols_v) {
-    constexpr int64_t units = kBN<E> / E::kPack;
-    k_rows = c.take<U>(copies(p) * p.Nk * (p.D / E::kPack));
-    if (rows_v) v_rows = c.take<U>(p.Nk * (p.Dv / E::kPack));
-    if (cols_k) k_cols = c.take<U>(copies(p) * nt * p.D * units);
-    if (cols_v) v_cols = c.take<U>(nt * p.Dv * units);
+  void carve(Carver& c, const AttnParams& p, int64_t nt, bool rows_v, bool keys_summed, bool values_summed) {
+    constexpr bool same = E::kPack == 1;
+    if (p.k_rope.cos || !in_place<E>(p.k, p.dtype, p.D)) k_own = c.take<U>(copies(p) * p.Nk * (p.D / E::kPack));
+    if ((rows_v || (same && values_summed)) && !in_place<E>(p.v, p.dtype, p.Dv)) v_own = c.take<U>(p.Nk * (p.Dv / E::kPack));
+    if (!same && keys_summed) k_pairs = c.take<U>(copies(p) * nt * kUnits * pad(p.D));
+    if (!same && values_summed) v_pairs = c.take<U>(nt * kUnits * pad(p.Dv));
     k_norm = c.take<S>(nt);
   }
 
-  // Packs tile t; rows and tmp: scratch of BN x max(D, Dv) scalars and as many units.
-  void pack(const AttnParams& p, int64_t b, int64_t hk, int64_t t, S* rows, U* tmp) const {
-    constexpr int64_t units = kBN<E> / E::kPack;
+  // Packs tile t; rows: scratch of BN x max(D, Dv) scalars and a vector.
+  void pack(const AttnParams& p, int64_t b, int64_t hk, int64_t t, S* rows) {
     const int64_t j0 = t * kBN<E>, n = p.Nk - j0 < kBN<E> ? p.Nk - j0 : kBN<E>;
+    if (t == 0) {
+      k_rows = k_own || p.k_rope.cos ? k_own : operand_rows<E>(p.k, b, hk);
+      v_rows = in_place<E>(p.v, p.dtype, p.Dv) ? operand_rows<E>(p.v, b, hk) : v_own;
+    }
     S biggest = 0;
     bool nan = false;
     for (int x = copies(p) - 1; x >= 0; --x) {
-      U* packed = k_rows + x * p.Nk * (p.D / E::kPack);
+      U* packed = k_own ? k_own + x * p.Nk * (p.D / E::kPack) : nullptr;
       for (int64_t j = 0; j < n; ++j) {
-        S* row = rows + j * p.D;
-        load_row(row, p.k, p.dtype, b, hk, j0 + j, p.D);
-        if (p.k_rope.cos) rotate_row(row, key_rope<S>(p, x, j0 + j), p.rope_pairs, p.rope_layout, false, b, hk, j0 + j);
+        const S* row = rows + j * p.D;
+        if constexpr (E::kPack == 1) {
+          if (packed) load_key(packed + (j0 + j) * p.D, p, x, b, hk, j0 + j);
+          row = (packed ? packed : operand_rows<E>(p.k, b, hk)) + (j0 + j) * p.D;
+        } else {
+          load_key(rows + j * p.D, p, x, b, hk, j0 + j);
+          if (packed) pack_row<E>(packed + (j0 + j) * (p.D / E::kPack), row, p.D);
+        }
         const S q = norm2(row, p.D);
         if (q > biggest) biggest = q;
         nan |= q != q;
-        pack_row<E>(packed + (j0 + j) * (p.D / E::kPack), row, p.D);
       }
-      if (k_cols) pack_columns<E>(k_cols + (x * tiles::ceil_div(p.Nk, kBN<E>) + t) * p.D * units, units, rows, p.D, n, units, p.D, tmp);
+      if (k_pairs) pack_rows<E>(k_pairs + (x * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D), pad(p.D), rows, p.D, n, p.D);
     }
     // Rounding of operands to bf16 moves a norm by less than 2^-8.
     k_norm[t] = nan ? kInf<S> : S(__builtin_sqrt(double(biggest))) * S(E::kPack == 2 ? 1.01 : 1.0001);
+    if (!v_own && !v_pairs) return;
     for (int64_t j = 0; j < n; ++j) {
-      S* row = rows + j * p.Dv;
+      S* row = E::kPack == 1 ? reinterpret_cast<S*>(v_own) + (j0 + j) * p.Dv : rows + j * p.Dv;
       load_row(row, p.v, p.dtype, b, hk, j0 + j, p.Dv);
-      if (v_rows) pack_row<E>(v_rows + (j0 + j) * (p.Dv / E::kPack), row, p.Dv);
+      if (E::kPack != 1 && v_own) pack_row<E>(v_own + (j0 + j) * (p.Dv / E::kPack), row, p.Dv);
     }
-    if (v_cols) pack_columns<E>(v_cols + t * p.Dv * units, units, rows, p.Dv, n, units, p.Dv, tmp);
+    if (v_pairs) pack_rows<E>(v_pairs + t * kUnits * pad(p.Dv), pad(p.Dv), rows, p.Dv, n, p.Dv);
+  }
+
+ private:
+  static void load_key(S* row, const AttnParams& p, int x, int64_t b, int64_t hk, int64_t j) {
+    load_row(row, p.k, p.dtype, b, hk, j, p.D);
+    if (p.k_rope.cos) rotate_row(row, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, false, b, hk, j);
   }
 };
+
+// acc[channel][query] (+)= sum of a[key][channel] b[key][query] over keys [js, je), js and jm at whole units; keys from jm on
+// leave out the first half of the lanes. a and b begin at the tile's first key.
+template <class E>
+FASTPE_INLINE void sum_keys(typename KVPack<E>::Summed a, const typename E::U* b, int64_t ldb, typename E::S* acc, int64_t channels, int64_t js, int64_t jm, int64_t je, int64_t lanes, bool clear) {
+  constexpr int64_t half = kBM / 2;
+  const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
+  if (clear) gemm<E, false, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0);
+  else gemm<E, true, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0);
+  if (jm < je) gemm<E, true, true>(a.at + um * a.ld, a.ld, b + um * ldb + half, ldb, acc + half, kBM, channels, lanes - half, u1 - um);
+}
 
 // Products K Qt of keys [js, je) of the tile at j0 with lanes rows from I0 on; keys from jm on leave out the first half of
 // the lanes. With regions (qt holds one turned copy of the queries after the other, q_step apart) there is one product a

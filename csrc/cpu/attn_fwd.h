@@ -202,7 +202,7 @@ struct Forward {
     const int64_t w = task / call.nk_tiles, t = task % call.nk_tiles;
     const int64_t bk = head0 + w;
     const FwdScratch<E> sc = scratch(worker);
-    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, sc.rows, sc.tmp);
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, sc.rows);
   }
 
   void block_task(int64_t task, int worker) {
@@ -241,7 +241,6 @@ struct Forward {
   void block(const KVPack<E>& kv, int64_t b, int64_t h, int64_t qb, FwdScratch<E> w) {
     const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = i0 + call.offset;
     const int64_t lanes = tiles::round_up(rows, L);
-    const int64_t units = kBN<E> / E::kPack;
     const double skip = skip_log2(p);
 
     load_queries(b, h, i0, rows, lanes, w);
@@ -276,7 +275,7 @@ struct Forward {
         exact = w.terms || !bound.harmless;
       }
       ++visited;
-      tile(kv, t, j0, js, je, tb, mask, terms, w, lanes, units, empty, exact);
+      tile(kv, t, j0, js, je, tb, mask, terms, w, lanes, empty, exact);
       empty = false;
     });
     finish(b, h, i0, rows, lanes, empty, w);
@@ -305,15 +304,13 @@ struct Forward {
       const V bound = w.terms ? terms.upper(*w.reach, product, tb.upper(hb, l, I0, j_first, j_last)) : product + tb.upper(hb, l, I0, j_first, j_last);
       // A row's sum holds at least one P of 1 as soon as it has seen a key, so its lse is at least m.
       const Mask<S> a = m + V::load(w.slack + l) >= bound, b = m + V(S(kRoom)) >= bound;
-      for (int x = 0; x < L; ++x) {  // NaN is on neither side
-        skip &= a.m[x] != 0;
-        calm &= b.m[x] != 0;
-      }
+      skip &= all(a);  // NaN is on neither side
+      calm &= all(b);
     }
     return {skip, calm};
   }
 
-  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, int64_t units, bool first, bool exact) {
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, bool first, bool exact) {
     constexpr int64_t half = kBM / 2;
     const int64_t jm = lanes > half ? mask.split : je;
     tile_scores(p, kv, w.qt, q_step(), mask, js, jm, je, lanes, w.s, kBM, w.other);
@@ -362,11 +359,7 @@ struct Forward {
       });
     });
     const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(w.s) : w.pt;
-    const U* va = kv.v_cols + t * p.Dv * units;
-    const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
-    if (first) gemm<E, false>(va + u0, units, pb + u0 * kBM, kBM, w.o, kBM, p.Dv, lanes, u_end - u0);
-    else gemm<E, true>(va + u0, units, pb + u0 * kBM, kBM, w.o, kBM, p.Dv, lanes, u_end - u0);
-    if (jm < je) gemm<E, true>(va + um, units, pb + um * kBM + half, kBM, w.o + half, kBM, p.Dv, lanes - half, u1 - um);
+    sum_keys<E>(kv.values(p, t), pb, kBM, w.o, p.Dv, js, jm, je, lanes, first);
   }
 
   void finish(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, bool empty, FwdScratch<E>& w) {

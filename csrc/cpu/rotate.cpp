@@ -209,16 +209,10 @@ struct Pairs {
     return V(__builtin_shuffle(a.v, b.v, lanes));
 #endif
   }
-  template <class F>
-  static FASTPE_INLINE I lanes(F f) {
-    I r;
-    for (int l = 0; l < L; ++l) r[l] = f(l);
-    return r;
-  }
-  static FASTPE_INLINE V evens(V a, V b) { return pick(a, b, lanes([](int l) { return 2 * l; })); }
-  static FASTPE_INLINE V odds(V a, V b) { return pick(a, b, lanes([](int l) { return 2 * l + 1; })); }
-  static FASTPE_INLINE V zip_lo(V x, V y) { return pick(x, y, lanes([](int l) { return l / 2 + (l % 2) * L; })); }
-  static FASTPE_INLINE V zip_hi(V x, V y) { return pick(x, y, lanes([](int l) { return (l + L) / 2 + (l % 2) * L; })); }
+  static FASTPE_INLINE V evens(V a, V b) { return pick(a, b, lanes_of<S>([](int l) { return 2 * l; })); }
+  static FASTPE_INLINE V odds(V a, V b) { return pick(a, b, lanes_of<S>([](int l) { return 2 * l + 1; })); }
+  static FASTPE_INLINE V zip_lo(V x, V y) { return pick(x, y, lanes_of<S>([](int l) { return l / 2 + (l % 2) * L; })); }
+  static FASTPE_INLINE V zip_hi(V x, V y) { return pick(x, y, lanes_of<S>([](int l) { return (l + L) / 2 + (l % 2) * L; })); }
 };
 
 // One token of one head; y may be x. `sign` is -1 for the inverse rotation.

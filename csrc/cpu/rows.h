@@ -87,29 +87,31 @@ FASTPE_INLINE S norm2(const S* x, int64_t n) {
 
 // y[c][r] = x[r][c] for R x C elements of 4 or 8 bytes. Whole blocks of L x L go through registers in log2 L rounds
 // of two-input shuffles, a quarter of the time of element-wise stores.
+template <class S, int Step>
+FASTPE_INLINE void transpose_round(typename Vec<S>::Raw* v) {
+  constexpr int L = Vec<S>::kLanes;
+  if constexpr (Step < L) {
+    using Raw = typename Vec<S>::Raw;
+    const auto lo = lanes_of<S>([](int l) { return l & Step ? L + l - Step : l; });
+    const auto hi = lanes_of<S>([](int l) { return l & Step ? L + l : l + Step; });
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) {
+      if (r & Step) continue;
+      const Raw a = v[r], b = v[r + Step];
+      v[r] = __builtin_shuffle(a, b, lo);
+      v[r + Step] = __builtin_shuffle(a, b, hi);
+    }
+    transpose_round<S, 2 * Step>(v);
+  }
+}
 template <class T, class S>
 FASTPE_INLINE void transpose_block(T* __restrict y, int64_t ldy, const T* __restrict x, int64_t ldx) {
   constexpr int L = Vec<S>::kLanes;
   using V = Vec<S>;
-  using I = typename V::RawInt;
   typename V::Raw v[L];
 #pragma GCC unroll 16
   for (int r = 0; r < L; ++r) v[r] = V::load(reinterpret_cast<const S*>(x + r * ldx)).v;
-#pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2) {
-    I lo, hi;
-    for (int l = 0; l < L; ++l) {
-      lo[l] = l & step ? L + l - step : l;
-      hi[l] = l & step ? L + l : l + step;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < L; ++r) {
-      if (r & step) continue;
-      const typename V::Raw a = v[r], b = v[r + step];
-      v[r] = __builtin_shuffle(a, b, lo);
-      v[r + step] = __builtin_shuffle(a, b, hi);
-    }
-  }
+  transpose_round<S, 1>(v);
 #pragma GCC unroll 16
   for (int r = 0; r < L; ++r) V(v[r]).store(reinterpret_cast<S*>(y + r * ldy));
 }

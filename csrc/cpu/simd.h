@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -73,9 +74,14 @@ struct Vec {
   FASTPE_INLINE void store(S* p) const { *reinterpret_cast<RawU*>(p) = v; }
   // 0, 1, 2, ...
   static FASTPE_INLINE Vec iota() {
-    Raw r;
-    for (int l = 0; l < kLanes; ++l) r[l] = S(l);
-    return Vec(r);
+    struct Table {
+      alignas(kVecBytes) S at[kLanes];
+      constexpr Table() : at{} {
+        for (int l = 0; l < kLanes; ++l) at[l] = S(l);
+      }
+    };
+    static constexpr Table table;
+    return load(table.at);
   }
   friend FASTPE_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
   friend FASTPE_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
@@ -83,6 +89,24 @@ struct Vec {
   friend FASTPE_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
   FASTPE_INLINE Vec operator-() const { return Vec(-v); }
 };
+
+// Lane numbers f(0), f(1), ... as a constant in memory: built element by element they became a chain of masked broadcasts, half
+// of the time of a transposition.
+template <class S, class F>
+FASTPE_INLINE typename Vec<S>::RawInt lanes_of(F) {
+  constexpr int L = Vec<S>::kLanes;
+  using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+  struct Table {
+    alignas(kVecBytes) Int at[L];
+    constexpr Table() : at{} {
+      for (int l = 0; l < L; ++l) at[l] = F{}(l);
+    }
+  };
+  static constexpr Table table;
+  typename Vec<S>::RawInt r;
+  std::memcpy(&r, table.at, sizeof(r));
+  return r;
+}
 
 // Lane masks: all bits of a lane set or clear.
 template <class S>
@@ -97,11 +121,22 @@ template <class S> FASTPE_INLINE Mask<S> operator>(Vec<S> a, Vec<S> b) { return 
 template <class S> FASTPE_INLINE Mask<S> operator>=(Vec<S> a, Vec<S> b) { return {a.v >= b.v}; }
 template <class S> FASTPE_INLINE Mask<S> operator==(Vec<S> a, Vec<S> b) { return {a.v == b.v}; }
 template <class S> FASTPE_INLINE Vec<S> select(Mask<S> m, Vec<S> a, Vec<S> b) { return Vec<S>(m.m ? a.v : b.v); }
-template <class S> FASTPE_INLINE bool any(Mask<S> m) {
-  bool r = false;
-  for (int l = 0; l < Vec<S>::kLanes; ++l) r |= m.m[l] != 0;
+// A bit for every lane that is set.
+template <class S> FASTPE_INLINE uint32_t bits(Mask<S> m) {
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(S) == 4) return _mm512_movepi32_mask((__m512i)m.m);
+  else return _mm512_movepi64_mask((__m512i)m.m);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) return uint32_t(_mm256_movemask_ps((__m256)m.m));
+  else return uint32_t(_mm256_movemask_pd((__m256d)m.m));
+#else
+  uint32_t r = 0;
+  for (int l = 0; l < Vec<S>::kLanes; ++l) r |= uint32_t(m.m[l] != 0) << l;
   return r;
+#endif
 }
+template <class S> FASTPE_INLINE bool any(Mask<S> m) { return bits(m) != 0; }
+template <class S> FASTPE_INLINE bool all(Mask<S> m) { return bits(m) == (uint32_t(1) << Vec<S>::kLanes) - 1; }
 
 using VF = Vec<float>;
 using VD = Vec<double>;
