@@ -34,9 +34,10 @@ def no_gradient(where: str, instead: str, *tensors: Tensor | None) -> None:
 
 def run(
     where: str, call: Call, query: Tensor, key: Tensor, value: Tensor, rotation, region, seen, *, bias=None, scale=None, head_scale=None, row_scale=None,
-    softcap=None, softcap_includes_bias=False, temperature=None, sink=None, return_lse=False, pages=None, lengths=None, index=None, turn=None,
+    softcap=None, softcap_includes_bias=False, temperature=None, sink=None, return_lse=False, pages=None, lengths=None, index=None, turn=None, more=(),
 ):  # fmt: skip
-    """One call of torch.ops.fastpe.attn_decode. rotation: q table, k table, layout id; region: its plan or None."""
+    """One call of torch.ops.fastpe.attn_decode. rotation: q table, k table, layout id; region: its plan or None; more: keys
+    turned for the regions after the first, where keys are stored turned (the k table is None then)."""
     if isinstance(bias, Contextual):
         raise NotImplementedError(f"{where}: bias {type(bias).__name__} reads every earlier key; use fastpe.attention")
     b = OpBias() if bias is None else bias.op_args(call)
@@ -71,7 +72,7 @@ def run(
         b.factor, b.pairs, b.q_seg, b.k_seg,
         seen.intervals, seen.lower, seen.q_seg, seen.k_seg, seen.relation, seen.block_map, seen.block_q, seen.block_k,
         0 if region is None else region.kind, 1 if region is None else region.size,
-        b.row_q, b.row_e, b.col_k, b.col_e, pages, lengths, index, turn,
+        b.row_q, b.row_e, b.col_k, b.col_e, pages, lengths, index, turn, list(more),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

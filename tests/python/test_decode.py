@@ -393,4 +393,4 @@ def test_op_checks():
     q, k, v = draw(1, 64)
     index = torch.zeros(1, 1, 1, 4, dtype=torch.int32)
     args = (q, k, v, None, None, 0, 0, *(None,) * 6, 0, 0, 0, *(None,) * 5, 0.2, 0.0, 0.0, 0.0, *(None,) * 6, False, *(None,) * 10, 1, 1, 0, 1, *(None,) * 4)
-    torch.library.opcheck(torch.ops.fastpe.attn_decode.default, (*args, None, None, index, None))
+    torch.library.opcheck(torch.ops.fastpe.attn_decode.default, (*args, None, None, index, None, []))
