@@ -32,17 +32,28 @@ def no_gradient(where: str, instead: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(f"{where}: has no gradient; call it under torch.no_grad(), or {instead}")
 
 
+def _op_bias(call: Call, bias: Bias | None) -> OpBias:
+    return OpBias() if bias is None else bias.op_args(call)
+
+
+def takes(b: OpBias) -> bool:
+    """Whether attn_decode has the kernels of a bias."""
+    strips = (b.rows, b.cols, b.row_e, b.col_e)
+    return b.form in _FORMS and (b.table is None or (b.u is None and b.w is None)) and all(x is None for x in strips)
+
+
 def run(
     where: str, call: Call, query: Tensor, key: Tensor, value: Tensor, rotation, region, seen, *, bias=None, scale=None, head_scale=None, row_scale=None,
     softcap=None, softcap_includes_bias=False, temperature=None, sink=None, return_lse=False, pages=None, lengths=None, index=None, turn=None, more=(),
+    b=None,
 ):  # fmt: skip
     """One call of torch.ops.fastpe.attn_decode. rotation: q table, k table, layout id; region: its plan or None; more: keys
-    turned for the regions after the first, where keys are stored turned (the k table is None then)."""
+    turned for the regions after the first, where keys are stored turned (the k table is None then); b: op arguments of the bias,
+    if they are known."""
     if isinstance(bias, Contextual):
         raise NotImplementedError(f"{where}: bias {type(bias).__name__} reads every earlier key; use fastpe.attention")
-    b = OpBias() if bias is None else bias.op_args(call)
-    taken = b.form in _FORMS and (b.table is None or (b.u is None and b.w is None))
-    if not taken or any(x is not None for x in (b.rows, b.cols, b.row_e, b.col_e)):
+    b = _op_bias(call, bias) if b is None else b
+    if not takes(b):
         raise NotImplementedError(
             f"{where}: bias {type(bias).__name__} does not go with lists and pages of keys; use fastpe.attention on contiguous keys"
         )

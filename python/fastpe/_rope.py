@@ -333,16 +333,20 @@ class Rope:
         heads: int,
         out_dtype: torch.dtype,
         device: torch.device,
+        *,
+        kv_heads: int | None = None,
+        query: bool = True,
     ) -> Tensor:
-        """The table for a single tensor of ``n`` tokens: ``(2, B|1, H|1, n, J)``."""
+        """The table for a single tensor of ``n`` tokens, ``(2, B|1, H|1, n, J)``: queries, or keys, of `heads` query heads over
+        `kv_heads`."""
         p = self._positions(where, "positions", positions, n, batch, device)
         return self._table(
             _kernel_table(out_dtype),
             p,
             lambda: _length_of(p),
-            lambda w: self._rows(where, w, heads, heads, True),
+            lambda w: self._rows(where, w, heads, kv_heads or heads, query),
             out_dtype,
-            1,
+            1 if query else -1,
         )
 
     def _both(self, where, make, positions_q, positions_k, q_len, k_len, batch, heads, kv_heads, device, out_dtype):
