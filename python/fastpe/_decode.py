@@ -160,7 +160,15 @@ def gather_attention(
     call = Call(B, H, Nq, Nk, mask is not None and mask.is_causal, aux_dtype(query.dtype), query.device)
     seen = (Mask() if mask is None else mask).op_args(call)
     turn = None
-    if key_positions is None:
+    if key_positions is None and rope is not None and positions is None and index.numel() < Nk:
+        # Angles of the listed keys alone, an entry each; the last query tells the length, as among all keys.
+        turn = torch.arange(index.numel(), dtype=torch.int32, device=call.device).reshape(index.shape)
+        at = index.reshape(-1).clamp(min=0)
+        if rope.rotary_dim > D:
+            raise ValueError(f"{where}: rope turns {rope.rotary_dim} channels, query has {D}")
+        tables = rope.tables(call.query_index(), at, Nq, at.shape[0], B, H, Hk, out_dtype=call.dtype, device=call.device, where=where)
+        rotation = *tables, _LAYOUTS[rope.layout]
+    elif key_positions is None:
         rotation = _rotation(call, rope, positions, None if positions is None else call.key_index(), D, Hk)
     else:
         _check.is_tensor(where, "key_positions", key_positions)
