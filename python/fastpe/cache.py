@@ -548,7 +548,7 @@ class KVCache:
         b = None if bias is None or isinstance(bias, Contextual) else bias.op_args(call)
         tensors = (query, *score.values(), *(() if b is None else vars(b).values()))
         learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-        if paged or (Nq <= _FEW and not learns and (b is None or takes(b))):
+        if paged or (query.device.type == "cpu" and Nq <= _FEW and not learns and (b is None or takes(b))):
             plan = _plan(TurnedCall(**vars(call)), region, self.rope, bias, None, None)
             rotation = _region_rotation(call, self.rope, region, plan, D, Hk)
             return run(
