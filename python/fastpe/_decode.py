@@ -73,7 +73,7 @@ def run(
         if bias is not None and bias.shifts_rows:
             raise NotImplementedError(f"{where}: sink does not go with a bias without its row term, {type(bias).__name__}; use row_term=True")
         sink = _sink(call, sink)
-    no_gradient(where, "use fastpe.attention", query, key, value, rho, sink, b.params, b.gamma, b.u, b.w, b.table, b.omega, b.dense)
+    no_gradient(where, "use fastpe.attention", query, key, value, *rotation[:2], rho, sink, b.params, b.gamma, b.u, b.w, b.table, b.omega, b.dense)
     out, lse = torch.ops.fastpe.attn_decode(
         query, key, value, *rotation,
         b.form, b.params, b.gamma, b.u, b.w, b.base, b.table,

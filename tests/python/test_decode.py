@@ -282,6 +282,13 @@ def test_gradients_over_turned_keys():
     grad = torch.autograd.grad(cache.attention(q).square().sum(), q)
     want = torch.autograd.grad(fastpe.attention(q, k, v, rope=cache.rope, region=cache.region, is_causal=True).square().sum(), q)
     close(grad, [x.double() for x in want], 1e-4)
+    learned = cache.rope.replace(inv_freq=cache.rope.inv_freq.clone().requires_grad_())
+    cache = turned("dual chunk", learned)
+    cache.append(k, v)
+    with pytest.raises(NotImplementedError, match="has no gradient"):
+        cache.attention(q[:, :, -1:].detach())
+    with torch.no_grad():
+        cache.attention(q[:, :, -1:])
 
 
 @pytest.mark.parametrize("page_size", (None, 16))
