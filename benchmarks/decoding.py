@@ -3,6 +3,10 @@
 Peers: scaled_dot_product_attention with enable_gqa ("sdpa"), with the heads of a group packed as query rows ("packed"),
 two batched products ("bmm"), and those under torch.compile ("compiled"). The other calls of fastpe say what a bias, raw keys
 that are rotated in the call, and regions cost on top.
+
+The families decode_* state that cost for a cache that keeps its keys turned (decode_cable: its prefix sum), against decoding
+without positions ("fastpe none") and against raw keys turned at every step ("fastpe raw"). decode_list attends to one key of
+sixteen, drawn at random, against as many keys in a row ("fastpe in a row") and against copying them out first ("gather").
 """
 
 from __future__ import annotations
@@ -95,3 +99,110 @@ def decode(case: Case, wanted: frozenset[str]) -> Work:
     read = float((k.numel() + v.numel()) * k.element_size())
     flop = 4.0 * s.B * s.H * s.Nq * s.Nk * s.D
     return Work({n: timed(f) for n, f in calls.items() if n in wanted or n == "fastpe"}, check, flop, read)
+
+
+# ---- what positions cost ----------------------------------------------------------------------------------------------
+
+POSITIONS = {
+    "rope": None,
+    "self_extend": fastpe.region.self_extend(1024, 8),
+    "dual_chunk": fastpe.region.dual_chunk(3072, 512),
+}
+
+
+def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    s = case.shape
+    g = torch.Generator().manual_seed(0)
+    shapes = (s.B, s.H, s.Nq, s.D), (s.B, s.Hk, s.Nk, s.D), (s.B, s.Hk, s.Nk, s.D)
+    return tuple(torch.randn(*x, generator=g).to(case.device, case.torch_dtype) for x in shapes)
+
+
+def _one_head(case: Case, out: Tensor, q: Tensor, k: Tensor, v: Tensor, **kwargs) -> float:
+    """Error of the last sequence's last key head against the definition; raises Wrong."""
+    group = case.shape.H // case.shape.Hk
+    one = q[-1:, -group:], k[-1:, -1:], v[-1:, -1:]
+    want = fastpe.reference.attention(*one, is_causal=True, **kwargs)
+    error = compare.error(out[-1:, -group:], want)
+    allowed = compare.TOLERANCE[torch.float32][0]
+    if case.dtype != "fp32":
+        # Keys are rounded once more where they are kept turned, so eager attention over such keys is the measure.
+        eager = compare.eager_attention(*one, is_causal=True, **kwargs)
+        allowed = 2 * max(compare.error(eager, want), torch.finfo(q.dtype).eps / 2) + 1e-5
+    if not error <= allowed:
+        raise Wrong(f"error {error:.2g} of the largest entry, allowed {allowed:.2g}")
+    return error
+
+
+def _timed(calls: dict, wanted: frozenset[str]) -> dict:
+    def without_gradient(call):
+        def run():
+            with torch.no_grad():
+                return call()
+
+        return run
+
+    return {name: without_gradient(call) for name, call in calls.items() if name == "fastpe" or name in wanted}
+
+
+def _cost_of_positions(name: str):
+    def build(case: Case, wanted: frozenset[str]) -> Work:
+        s, (q, k, v) = case.shape, _tensors(case)
+        region = POSITIONS[name]
+        rope = fastpe.rope.default(s.D)
+        cache = fastpe.KVCache(s.B, s.Hk, s.D, capacity=s.Nk, rope=rope, region=region, rotated=True, dtype=q.dtype, device=q.device)
+        cache.append(k, v)
+        calls = {
+            "fastpe": lambda: cache.attention(q),
+            "fastpe none": lambda: fastpe.attention(q, k, v, is_causal=True),
+            "fastpe raw": lambda: fastpe.attention(q, k, v, rope=rope, region=region, is_causal=True),
+        }
+        calls = _timed(calls, wanted)
+        kwargs = {"rope": rope, "region": region}
+        return Work(calls, lambda c: _one_head(case, calls[c](), q, k, v, **({} if c == "fastpe none" else kwargs)), *_rates(case, s.Nk))
+
+    family(f"decode_{name}", peers=("fastpe none", "fastpe raw"), shapes=("D8",), passes=("fwd",))(build)
+
+
+def _rates(case: Case, keys: int) -> tuple[float, float]:
+    s = case.shape
+    return 4.0 * s.B * s.H * s.Nq * keys * s.D, 2.0 * s.B * s.Hk * keys * s.D * case.torch_dtype.itemsize
+
+
+for _name in POSITIONS:
+    _cost_of_positions(_name)
+
+
+@family("decode_cable", peers=("fastpe none",), shapes=("D8",), passes=("fwd",))
+def decode_cable(case: Case, wanted: frozenset[str]) -> Work:
+    s, (q, k, v) = case.shape, _tensors(case)
+    increments = -0.01 * torch.rand(s.B, s.H, s.Nk, generator=torch.Generator().manual_seed(1)).to(case.device)
+    cache = fastpe.KVCache(s.B, s.Hk, s.D, capacity=s.Nk, dtype=q.dtype, device=q.device)
+    cache.append(k, v, increments=increments)
+    calls = _timed(
+        {
+            "fastpe": lambda: cache.attention(q, bias=fastpe.bias.Cable(cache.prefix)),
+            "fastpe none": lambda: fastpe.attention(q, k, v, is_causal=True),
+        },
+        wanted,
+    )
+    bias = fastpe.bias.Cable(increments[-1:, -(s.H // s.Hk) :])
+    return Work(calls, lambda c: _one_head(case, calls[c](), q, k, v, **({} if c == "fastpe none" else {"bias": bias})), *_rates(case, s.Nk))
+
+
+@family("decode_list", peers=("fastpe in a row", "gather"), shapes=("L64",), passes=("fwd",))
+def decode_list(case: Case, wanted: frozenset[str]) -> Work:
+    s, (q, k, v) = case.shape, _tensors(case)
+    n = s.Nk // 16
+    g = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.randperm(s.Nk, generator=g)[:n] for _ in range(s.B * s.Hk)]).reshape(s.B, s.Hk, 1, n).to(case.device, torch.int32)
+    at = index[:, :, 0, :, None].long().expand(s.B, s.Hk, n, s.D)
+    picked_k, picked_v = k.gather(2, at), v.gather(2, at)
+    calls = _timed(
+        {
+            "fastpe": lambda: fastpe.gather_attention(q, k, v, index),
+            "fastpe in a row": lambda: fastpe.attention(q, picked_k, picked_v),
+            "gather": lambda: sdpa(q, k.gather(2, at), v.gather(2, at)),
+        },
+        wanted,
+    )
+    return Work(calls, lambda c: _one_head(case, calls[c](), q, picked_k, picked_v), *_rates(case, n))

@@ -58,6 +58,7 @@ SHAPES = {
         Shape("S2x4", 1, 8, 8, 16384, 16384, 64),
         Shape("S2H1", 1, 1, 1, 4096, 4096, 64),
         Shape("D8", 8, 32, 8, 1, 8192, 128),
+        Shape("L64", 1, 32, 8, 1, 65536, 128),
         # A GPU: 16384 tokens in heads of 64 or 128 channels, 2048 in all, as in the papers of FlashAttention.
         Shape("G64", 1, 32, 32, 16384, 16384, 64),
         Shape("G128", 1, 16, 16, 16384, 16384, 128),

@@ -87,6 +87,11 @@ def cpu() -> list[Target]:
     for dt, goal in _both((1.8, 2.0)):
         case = f"decode/D8/{dt}/fwd/cpu"
         add("decode", "against the best of packed SDPA, products, compiled", case, "time packed | bmm | compiled", goal)
+        for method in ("rope", "self_extend", "dual_chunk", "cable"):
+            case = f"decode_{method}/D8/{dt}/fwd/cpu"
+            add("decode", f"{method} in a cache against no positions", case, "cost fastpe none", 1.15, at_most=True)
+        case = f"decode_list/L64/{dt}/fwd/cpu"
+        add("decode", "4096 of 65536 keys against 4096 in a row", case, "cost fastpe in a row", 1.15, at_most=True)
     for shape in ("S1", "S2", "S3"):
         for dt, _ in _both((0, 0)):
             add("rotation", "in place against the usual formula", f"rotate_inplace/{shape}/{dt}/fwd/cpu", "time eager", 8.0)

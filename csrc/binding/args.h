@@ -438,6 +438,7 @@ struct KeyStore {
   bool paged = false;   // pools (pages, Hk, page size, ..) holding `keys` keys of a batch
   int64_t keys = 0;
   bool turned = false;  // rows of k_rope are chosen by entry, not by key
+  bool ready = false;   // keys are turned already: q_rope comes alone
 };
 
 // Everything but the outputs.
@@ -464,15 +465,17 @@ inline AttnParams read_attn(const char* op, const AttnArgs& a, const KeyStore& s
   p.v = read_view(c, "v", v);
 
   const ScalarType aux = aux_type(p.dtype);
-  check(op, a.q_rope.has_value() == a.k_rope.has_value(), "q_rope and k_rope go together");
+  check(op, store.ready ? !a.k_rope.has_value() : a.q_rope.has_value() == a.k_rope.has_value(), "q_rope and k_rope go together");
   p.rope_layout = layout_of(op, a.rope_layout);
   p.region = read_region(c, a);
   if (a.q_rope) {
     const int64_t regions = pos::region_count(p.region.kind);
     p.q_rope = read_rope(c, "q_rope", *a.q_rope, aux, p.B, p.H, p.Nq, regions);
-    p.k_rope = read_rope(c, "k_rope", *a.k_rope, aux, p.B, p.Hk, store.turned ? a.k_rope->size(3) : p.Nk, a.k_rope->dim() == 5 && a.k_rope->size(0) == 2 ? 1 : regions);
     p.rope_pairs = a.q_rope->size(4);
-    check(op, a.k_rope->size(4) == p.rope_pairs, "q_rope has ", p.rope_pairs, " pairs, k_rope has ", a.k_rope->size(4));
+    if (a.k_rope) {
+      p.k_rope = read_rope(c, "k_rope", *a.k_rope, aux, p.B, p.Hk, store.turned ? a.k_rope->size(3) : p.Nk, a.k_rope->dim() == 5 && a.k_rope->size(0) == 2 ? 1 : regions);
+      check(op, a.k_rope->size(4) == p.rope_pairs, "q_rope has ", p.rope_pairs, " pairs, k_rope has ", a.k_rope->size(4));
+    }
     check(op, p.rope_pairs >= 1 && 2 * p.rope_pairs <= p.D, "q_rope rotates ", 2 * p.rope_pairs, " channels, q has ", p.D);
   }
   p.bias = read_bias(c, a, aux, p.B, p.H, p.Nq, p.Nk);

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "args.h"
 #include "runtime.h"
@@ -68,7 +69,20 @@ void read_list(const Call& c, const AttnParams& p, const Tensor& list, const Opt
   d.turn = places("turn", *turn, 0, turns, d.turn_sb, d.turn_sh, d.turn_sn);
 }
 
-std::tuple<Tensor, Tensor> attn_decode(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS, OptTensor pages, OptTensor lengths, OptTensor list, OptTensor turn) {
+// Further copies of the keys, turned for the regions after the first.
+void read_more(const Call& c, const AttnParams& p, const Tensor& k, const std::vector<Tensor>& more, const KeyStore& store, DecodeParams& d) {
+  const int64_t regions = pos::region_count(p.region.kind);
+  check(c.op, store.ready, "k_more goes with q_rope alone");
+  check(c.op, int64_t(more.size()) == regions - 1, "k_more must hold keys for ", regions - 1, " regions, got ", more.size());
+  for (size_t x = 0; x < more.size(); ++x) {
+    check_device(c, "k_more", more[x]);
+    check_dtype(c, "k_more", more[x], k.scalar_type());
+    check_shape(c, "k_more", more[x], {{k.size(0)}, {k.size(1)}, {k.size(2)}, {k.size(3)}});
+    d.more[x] = read_view(c, "k_more", more[x]);
+  }
+}
+
+std::tuple<Tensor, Tensor> attn_decode(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS, OptTensor pages, OptTensor lengths, OptTensor list, OptTensor turn, std::vector<Tensor> more) {
   const char* op = "attn_decode";
   const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
   const Call c{op, q};
@@ -80,11 +94,13 @@ std::tuple<Tensor, Tensor> attn_decode(Tensor q, Tensor k, Tensor v, FASTPE_ATTN
   store.paged = pages.has_value();
   if (pages) store.keys = most_keys(c, *lengths, q.size(0), q.size(2));
   store.turned = turn.has_value();
+  store.ready = q_rope && !k_rope;
   AttnParams p = read_attn(op, a, store);
   check(op, pos::decode_takes(p.bias), "bias_form ", bias_form, " with row, column or position arrays does not go with pages and lists");
   Tensor out = empty_in_order(q, p.B, p.H, p.Nq, p.Dv);
   Tensor lse = empty(q, {p.B, p.H, p.Nq}, aux_type(p.dtype));
   DecodeParams d;
+  if (!more.empty()) read_more(c, p, k, more, store, d);
   if (lengths) d.lengths = static_cast<const int32_t*>(lengths->const_data_ptr());
   if (pages) read_pages(c, p, k, *pages, d);
   if (list) read_list(c, p, *list, turn, turn ? k_rope->size(3) : 0, d);

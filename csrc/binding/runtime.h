@@ -8,6 +8,7 @@
 #include <exception>
 
 #include "cpu/dispatch.h"
+#include "cpu/subnormal.h"
 
 namespace fastpe::binding {
 
@@ -19,6 +20,7 @@ inline thread_local int t_threads = 1;
 inline void parallel(int64_t tasks, void (*fn)(void*, int64_t, int), void* ctx) {
   const int64_t workers = std::min<int64_t>(t_threads, tasks);
   if (workers <= 1) {
+    const cpu::FlushSubnormals flush;
     for (int64_t t = 0; t < tasks; ++t) fn(ctx, t, 0);
     return;
   }
@@ -26,6 +28,7 @@ inline void parallel(int64_t tasks, void (*fn)(void*, int64_t, int), void* ctx) 
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    const cpu::FlushSubnormals flush;
     try {
       for (int64_t t; !failed.load(std::memory_order_relaxed) && (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(ctx, t, int(worker));
     } catch (...) {

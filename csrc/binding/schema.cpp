@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
       "Tensor drow_e, Tensor dcol_k, Tensor dcol_e)");
   m.def(
       "attn_decode(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS
-      ", Tensor? pages, Tensor? lengths, Tensor? list, Tensor? turn) -> (Tensor out, Tensor lse)");
+      ", Tensor? pages, Tensor? lengths, Tensor? list, Tensor? turn, Tensor[] k_more) -> (Tensor out, Tensor lse)");
   m.def(
       "cope_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_COPE_ARGS
       ", bool training) -> (Tensor out, Tensor lse, Tensor carry, Tensor residual)");

@@ -111,6 +111,7 @@ struct AttnParams {
   void* lse = nullptr;     // (B,H,Nq) float (double for f64), contiguous
   double scale = 1;
   Rope q_rope, k_rope;     // both or neither; with regions both, q_rope one table a region, k_rope one or one a region
+                           // (few queries: q_rope alone where keys are stored turned)
   Region region;
   int64_t rope_pairs = 0;  // J
   RopeLayout rope_layout = RopeLayout::half;
@@ -128,6 +129,8 @@ struct AttnParams {
 // bias must be one that decode_takes (pos/bias.h).
 struct DecodeParams {
   AttnParams attn;
+  // With q_rope alone the keys are stored turned: attn.k for all regions, or for the first, and more[x - 1] for region x.
+  View more[kMaxRegions - 1];        // p may be null: not given
   // Keys and values in pages: attn.k and attn.v are pools (pages, Hk, page_size, D), and key j of batch b lies in row
   // j % page_size of page pages[b][j / page_size]. page_size is a multiple of 16.
   const int32_t* pages = nullptr;    // (B, ceil(Nk / page_size)); null: attn.k and attn.v hold the keys in order

@@ -3,7 +3,7 @@
 // Work: for a wave of (batch, kv head) pairs K and V are packed; then one task per (pair, split), where a split is every
 // n-th block of kBM queries of every query head of the group. n depends on shapes alone. A task holds private dK and
 // dV sums over all keys; a last pass adds the splits in order, undoes the rotation and stores.
-// A task, per block of queries: Q and dO are packed four ways (transposed for scores and dP, by rows for dK and dV); per
+// A task, per block of queries (up to kMaxTurns of a head take turns on every tile, as in the forward pass): Q and dO are packed four ways (transposed for scores and dP, by rows for dK and dV); per
 // visible key tile, queries in lanes as in the forward pass:
 //   S = K Qt, dP = V dOt                         products
 //   P = exp2(S - lse), dS = P (dP - delta)       on a few rows at a time, in L1
@@ -51,6 +51,7 @@ struct BwdScratch {
 
   static int64_t pad(int64_t d) { return tiles::round_up(d, Vec<S>::kLanes); }
 
+  // What a tile needs.
   void carve(Carver& c, const AttnParams& p, bool keep_raw) {
     const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
     rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 64);
@@ -64,11 +65,6 @@ struct BwdScratch {
     const int64_t regions = pos::region_count(p.region.kind);
     other = regions > 1 ? c.take<S>(kBN<E> * kPitch<S>) : nullptr;
     sum = regions > 1 ? c.take<S>(kBM * p.D) : nullptr;
-    dq = c.take<S>(regions * p.D * kBM);
-    qt = c.take<U>(regions * (p.D / E::kPack * kBM));
-    dot = c.take<U>(p.Dv / E::kPack * kBM);
-    qr = c.take<U>(regions * (kBM / E::kPack * pad(p.D)));
-    dor = c.take<U>(kBM / E::kPack * pad(p.Dv));
     pa = dsa = dsb = nullptr;
     if (E::kPack == 2) {
       pa = c.take<U>(kBN<E> * kBM / E::kPack);
@@ -76,10 +72,20 @@ struct BwdScratch {
       dsb = c.take<U>(kBN<E> * kBM / E::kPack);
     }
     bias = c.take<TileBias<S>>(1);
-    block = c.take<BlockBias<S>>(1);
-    scale = c.take<BlockScale<S>>(1);
     reach = c.take<Reach<S>>(1);
     strips.carve(c, p, true);
+    carve_block(c, p);
+  }
+  // What belongs to a block of queries from its first tile to its last.
+  void carve_block(Carver& c, const AttnParams& p) {
+    const int64_t regions = pos::region_count(p.region.kind);
+    dq = c.take<S>(regions * p.D * kBM);
+    qt = c.take<U>(regions * (p.D / E::kPack * kBM));
+    dot = c.take<U>(p.Dv / E::kPack * kBM);
+    qr = c.take<U>(regions * (kBM / E::kPack * pad(p.D)));
+    dor = c.take<U>(kBM / E::kPack * pad(p.Dv));
+    block = c.take<BlockBias<S>>(1);
+    scale = c.take<BlockScale<S>>(1);
     lse = c.take<S>(kBM);
     delta = c.take<S>(kBM);
     slack = c.take<S>(kBM);
@@ -155,6 +161,8 @@ struct Backward {
   S *dk = nullptr, *dv = nullptr;  // (wave, split, copies, Nk, padded channels), (wave, split, Nk, padded channels)
   char* worker_base = nullptr;
   size_t worker_bytes = 0;
+  int taking_turns = 1;  // blocks of queries
+  double skip = 0;       // log2 of what a skipped pair may hold
   // Private bias sums: (B, H, split, ...), and per-row sums (B, H, Nq), which one task owns.
   S *g_params = nullptr, *g_w = nullptr, *g_table = nullptr, *g_u = nullptr, *g_gamma = nullptr, *g_rho = nullptr;
   S *g_omega = nullptr, *g_cols = nullptr, *g_key = nullptr, *g_row = nullptr, *g_factor = nullptr, *g_pairs = nullptr;
@@ -192,10 +200,18 @@ struct Backward {
   int64_t qt_step() const { return p.D / E::kPack * kBM; }
   int64_t qr_step() const { return kBM / E::kPack * dp; }
 
+  // Scratch of `count` blocks, which share what a tile needs.
+  void scratch(int worker, BwdScratch<E>* w, int count) const {
+    Carver c{worker_base + size_t(worker) * worker_bytes};
+    w[0].carve(c, p, keep_raw());
+    for (int g = 1; g < count; ++g) {
+      w[g] = w[0];
+      w[g].carve_block(c, p);
+    }
+  }
   BwdScratch<E> scratch(int worker) const {
     BwdScratch<E> w;
-    Carver c{worker_base + size_t(worker) * worker_bytes};
-    w.carve(c, p, keep_raw());
+    scratch(worker, &w, 1);
     return w;
   }
   void carve_pack(KVPack<E>& k, Carver& c) const { k.carve(c, p, call.nk_tiles, true, true, false); }
@@ -204,6 +220,10 @@ struct Backward {
     BwdScratch<E> probe;
     Carver pc{nullptr};
     probe.carve(pc, p, keep_raw());
+    skip = skip_log2(p) - skip_weight();
+    // A walk reads K twice, V, dK and dV.
+    taking_turns = turns(p.Nk * (2 * p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack + p.Nk * (dp + dvp) * int64_t(sizeof(S)), pos::is_composed(p));
+    for (int g = 1; g < taking_turns; ++g) probe.carve_block(pc, p);
     worker_bytes = (pc.used + 127) / 64 * 64;
     Carver oc{nullptr};
     KVPack<E> one;
@@ -305,12 +325,13 @@ struct Backward {
   void pack_task(int64_t task, int worker) {
     const int64_t w = task / call.nk_tiles, bk = head0 + w;
     const BwdScratch<E> sc = scratch(worker);
-    packs[w].pack(p, bk / p.Hk, bk % p.Hk, task % call.nk_tiles, sc.rows, sc.tmp);
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, task % call.nk_tiles, sc.rows);
   }
 
   void split_task(int64_t task, int worker) {
     const int64_t w = task / splits, split = task % splits, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
-    BwdScratch<E> sc = scratch(worker);
+    BwdScratch<E> all[kMaxTurns], &sc = all[0];
+    scratch(worker, all, taking_turns);
     for (int64_t x = 0; x < kBN<E> * kPitch<S>; ++x) sc.s[x] = sc.ds[x] = 0;
     if (sc.aux) std::memset(sc.aux, 0, size_t(kChunk * kPitch<S>) * sizeof(S));
     S* dk_acc = want_k ? dk + task * copies * p.Nk * dp : nullptr;
@@ -352,14 +373,43 @@ struct Backward {
       bg.row_e = own(g_row_e, strip_row(w, x, split), row_places());
       bg.col_e = own(g_col_e, strip_row(w, x, split), col_places());
       bg.col_k = own(g_col_k, strip_row(w, x, split), key_places());
-      for (int64_t qb = split; qb < call.nq_blocks; qb += splits) block(packs[w], b, h, qb, sc, bg, dk_acc, dv_acc);
+      for (int64_t qb = split; qb < call.nq_blocks; qb += splits * taking_turns) {
+        Block blocks[kMaxTurns];
+        int count = 0;
+        for (int64_t q = qb; count < taking_turns && q < call.nq_blocks; q += splits, ++count) blocks[count] = {q, all[count]};
+        run_blocks(packs[w], b, h, blocks, count, bg, dk_acc, dv_acc);
+      }
     }
   }
 
-  void block(const KVPack<E>& kv, int64_t b, int64_t h, int64_t qb, BwdScratch<E>& w, BiasGrad<S>& bg, S* dk_acc, S* dv_acc) {
-    const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = i0 + call.offset;
-    const int64_t lanes = tiles::round_up(rows, L);
-    const double skip = skip_log2(p) - skip_weight();
+  // A block of queries on its way through the key tiles.
+  struct Block {
+    int64_t qb = 0;
+    BwdScratch<E> w;
+    int64_t i0 = 0, rows = 0, lanes = 0, I0 = 0;
+    HeadBias<S> hb{};
+    Touched touched = 0;
+    int64_t visited = 0, decayed = 0;
+  };
+
+  void run_blocks(const KVPack<E>& kv, int64_t b, int64_t h, Block* blocks, int count, BiasGrad<S>& bg, S* dk_acc, S* dv_acc) {
+    Walk walks[kMaxTurns];
+    for (int g = 0; g < count; ++g) {
+      start(b, h, blocks[g]);
+      walks[g] = Walk(call, blocks[g].qb);
+    }
+    // Terms keep their own state between tiles: composed calls come one block at a time.
+    Block& one = blocks[0];
+    const Terms<E> terms{call, one.hb, *one.w.block, b, h, one.i0, one.rows, one.lanes, one.I0, one.w.terms, &one.w.strips};
+    if (one.w.terms) terms.start();
+    walk_together(walks, count, [&](int g, int64_t t) { visit(kv, b, h, t, blocks[g], terms, bg, dk_acc, dv_acc); });
+    for (int g = 0; g < count; ++g) finish(b, h, blocks[g], bg);
+  }
+
+  void start(int64_t b, int64_t h, Block& x) {
+    BwdScratch<E>& w = x.w;
+    const int64_t i0 = x.i0 = x.qb * kBM, rows = x.rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = x.I0 = i0 + call.offset;
+    const int64_t lanes = x.lanes = tiles::round_up(rows, L);
     const bool may_skip = skip > -1e300;
 
     // delta and dO
@@ -382,12 +432,7 @@ struct Backward {
       w.slack[r] = S(skip);
     }
     for (int64_t r = rows; r < lanes; ++r) w.delta[r] = 0, w.lse[r] = kInf<S>, w.slack[r] = kInf<S>;
-    for (int64_t x = 0; x < p.Dv; ++x) out[x] = 0;
-    // Diagonals are read one vector past the last lane: columns a shorter block does not write must be zero.
-    for (int64_t j = 0; want_table && lanes < kBM && j < kBN<E>; ++j)
-      for (int64_t l = lanes; l < kBM; ++l) w.ds[j * kPitch<S> + kMargin<S> + l] = 0;
-    for (int64_t j = 0; w.aux && lanes < kBM && j < kChunk; ++j)
-      for (int64_t l = lanes; l < kBM; ++l) w.aux[j * kPitch<S> + kMargin<S> + l] = 0;
+    for (int64_t d = 0; d < p.Dv; ++d) out[d] = 0;
     pack_transposed<E>(w.dot, kBM, w.rows, p.Dv, rows, lanes, p.Dv, w.tmp);
     if (want_v) pack_block_rows(w.dor, dvp, w.rows, p.Dv, rows, lanes);
 
@@ -398,9 +443,9 @@ struct Backward {
       w.scale->qn[r] = 0;
     }
     bool measured = !may_skip;
-    for (int x = 0; x < regions; ++x) {
-      if (!reaches(call, x, I0, lanes)) continue;
-      const Rope turn = region_rope<S>(p.q_rope, x);
+    for (int part = 0; part < regions; ++part) {
+      if (!reaches(call, part, I0, lanes)) continue;
+      const Rope turn = region_rope<S>(p.q_rope, part);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * p.D;
         load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
@@ -408,53 +453,59 @@ struct Backward {
         if (!measured) w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(w.scale->c[r])) * 1.0001);
       }
       measured = true;
-      pack_transposed<E>(w.qt + x * qt_step(), kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
-      if (want_k) pack_block_rows(w.qr + x * qr_step(), dp, w.rows, p.D, rows, lanes);
+      pack_transposed<E>(w.qt + part * qt_step(), kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
+      if (want_k) pack_block_rows(w.qr + part * qr_step(), dp, w.rows, p.D, rows, lanes);
     }
 
-    HeadBias<S> hb;
-    hb.init(p, b, h, call.table_of(h), call.env_of(h));
-    w.block->init(hb, i0, rows, I0);
-    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms, &w.strips};
-    if (w.terms) terms.start();
+    x.hb.init(p, b, h, call.table_of(h), call.env_of(h));
+    w.block->init(x.hb, i0, rows, I0);
     if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
     for (int64_t l = 0; l < kBM; ++l) {
       w.du[l] = w.du2[l] = w.dgamma[l] = w.drho[l] = 0;
       w.row_ds[l] = w.row_p[l] = w.row_p0[l] = w.row_p1[l] = w.row_phi[l] = 0;
     }
-    Touched touched = 0;
-    int64_t visited = 0, hidden = 0, decayed = 0;
+  }
 
-    walk_tiles(call, qb, [&](int64_t t) {
-      int64_t js, je;
-      TileMask<S> mask;
-      if (call.classify(b, h, qb, t, js, je, mask) == TileClass::hidden) { ++hidden; return; }
-      const int64_t j0 = t * kBN<E>;
-      TileBias<S>& tb = *w.bias;
-      tb.init(hb, *w.block, p, I0, lanes, j0, js, je);
-      if (may_skip && w.terms) terms.reach(tb, *w.reach, j0, js, je);
-      if (may_skip && forgettable(tb, hb, kv.k_norm[t], w, terms, I0, j0 + js, j0 + je - 1, lanes)) { ++decayed; return; }
-      ++visited;
-      mask.q_ids = w.ids;
-      tile(kv, t, j0, js, je, tb, mask, terms, w, bg, lanes, I0, dk_acc, dv_acc, touched);
-    });
+  void visit(const KVPack<E>& kv, int64_t b, int64_t h, int64_t t, Block& x, const Terms<E>& terms, BiasGrad<S>& bg, S* dk_acc, S* dv_acc) {
+    BwdScratch<E>& w = x.w;
+    const int64_t lanes = x.lanes;
+    int64_t js, je;
+    TileMask<S> mask;
+    if (call.classify(b, h, x.qb, t, js, je, mask) == TileClass::hidden) return;
+    const int64_t j0 = t * kBN<E>;
+    TileBias<S>& tb = *w.bias;
+    tb.init(x.hb, *w.block, p, x.I0, lanes, j0, js, je);
+    if (skip > -1e300) {
+      if (w.terms) terms.reach(tb, *w.reach, j0, js, je);
+      if (forgettable(tb, x.hb, kv.k_norm[t], w, terms, x.I0, j0 + js, j0 + je - 1, lanes)) { ++x.decayed; return; }
+    }
+    ++x.visited;
+    mask.q_ids = w.ids;
+    // Diagonals are read one vector past the last lane: columns a shorter block does not write must be zero.
+    for (int64_t j = 0; want_table && lanes < kBM && j < kBN<E>; ++j)
+      for (int64_t l = lanes; l < kBM; ++l) w.ds[j * kPitch<S> + kMargin<S> + l] = 0;
+    for (int64_t j = 0; w.aux && lanes < kBM && j < kChunk; ++j)
+      for (int64_t l = lanes; l < kBM; ++l) w.aux[j * kPitch<S> + kMargin<S> + l] = 0;
+    tile(kv, t, j0, js, je, tb, mask, terms, w, bg, lanes, x.I0, dk_acc, dv_acc, x.touched);
+  }
 
+  void finish(int64_t b, int64_t h, Block& x, BiasGrad<S>& bg) {
+    BwdScratch<E>& w = x.w;
+    const int64_t i0 = x.i0, rows = x.rows, row0 = (b * p.H + h) * p.Nq + i0;
     if (settle) settle_rows(w, bg, b, h, i0, rows);
     if (want_row_q)
       for (int64_t r = 0; r < rows; ++r) std::memcpy(static_cast<S*>(a.drow_q) + (row0 + r) * p.bias.strip_d, w.strips.dq + r * strip_dp(), size_t(p.bias.strip_d) * sizeof(S));
-    if (needs(need_q)) store_dq(w, touched, b, h, i0, rows);
+    if (needs(need_q)) store_dq(w, x.touched, b, h, i0, rows);
     if (g_u)
       for (int64_t plane = 0; plane < planes(); ++plane) std::memcpy(g_u + plane_row(b, h, plane) * p.Nq + i0, plane ? w.du2 : w.du, size_t(rows) * sizeof(S));
     if (g_gamma) for (int64_t r = 0; r < rows; ++r) g_gamma[row0 + r] = w.dgamma[r];
     if (g_rho) for (int64_t r = 0; r < rows; ++r) g_rho[row0 + r] = w.drho[r];
-    if (stats) {
-      hidden += call.nk_tiles - visited - hidden - decayed;
-      __atomic_fetch_add(&stats->visited, visited, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->hidden, hidden, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->decayed, decayed, __ATOMIC_RELAXED);
-      stats->block_q = kBM;
-      stats->block_k = kBN<E>;
-    }
+    if (!stats) return;
+    __atomic_fetch_add(&stats->visited, x.visited, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&stats->hidden, call.nk_tiles - x.visited - x.decayed, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&stats->decayed, x.decayed, __ATOMIC_RELAXED);
+    stats->block_q = kBM;
+    stats->block_k = kBN<E>;
   }
 
   // Every region's part of dQ is turned back by its own angles.
@@ -503,8 +554,7 @@ struct Backward {
       const V form = tb.upper(hb, l, I0, j_first, j_last) + V(score);
       const V bound = w.terms ? terms.upper(*w.reach, product, form) : product + form;
       const Mask<S> proven = V::load(w.lse + l) + V::load(w.slack + l) >= bound;
-      for (int x = 0; x < L; ++x)
-        if (!proven.m[x]) return false;
+      if (!all(proven)) return false;
     }
     return true;
   }
@@ -584,18 +634,13 @@ struct Backward {
 
   // dK and dQ of keys [js, je), js at a whole unit, which all belong to region x as far as dS is not 0.
   void by_region(const KVPack<E>& kv, int64_t t, int64_t j0, int x, const S* ds, BwdScratch<E>& w, int64_t js, int64_t jm, int64_t je, int64_t lanes, S* dk_acc, Touched& touched) const {
-    constexpr int64_t P = kPitch<S>, half = kBM / 2, units = kBN<E> / E::kPack;
+    constexpr int64_t P = kPitch<S>;
     if (dk_acc) by_key(dk_acc + ((copies > 1 ? x : 0) * p.Nk + j0) * dp, dp, E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa, w.qr + x * qr_step(), js, jm, je, lanes);
     if (!want_q) return;
     const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsb;
     const int64_t ldb = E::kPack == 1 ? P : kBM;
-    const U* kc = kv.cols_of(p, x, call.nk_tiles) + t * p.D * units;
-    S* dq = w.dq + x * p.D * kBM;
     // The split is at a whole unit (Call::classify); a range cut by a region may end inside one.
-    const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
-    if (touched >> x & 1) gemm<E, true>(kc + u0, units, dsb + u0 * ldb, ldb, dq, kBM, p.D, lanes, u_end - u0);
-    else gemm<E, false>(kc + u0, units, dsb + u0 * ldb, ldb, dq, kBM, p.D, lanes, u_end - u0);
-    if (jm < je) gemm<E, true>(kc + um, units, dsb + um * ldb + half, ldb, dq + half, kBM, p.D, lanes - half, u1 - um);
+    sum_keys<E>(kv.keys(p, x, t), dsb, ldb, w.dq + x * p.D * kBM, p.D, js, jm, je, lanes, !(touched >> x & 1));
     touched |= Touched(1) << x;
   }
 

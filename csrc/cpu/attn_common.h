@@ -657,29 +657,62 @@ struct Call {
 
 // Order in which a block of queries walks the key tiles: from its last visible tile back to the first one (near to
 // far for causal calls, which lets a decaying bias skip the far ones), then forward through what lies after the
-// diagonal. f(tile) for each.
+// diagonal, then back through the sinks before the window.
+struct Walk {
+  int64_t lo = 0, mid = 0, hi = 0, sinks = 0;  // [lo, mid) back, [mid, hi) forward, [0, sinks) back
+
+  template <class E>
+  Walk(const Call<E>& c, int64_t qb) {
+    const int64_t i0 = qb * kBM, rows = c.p.Nq - i0 < kBM ? c.p.Nq - i0 : kBM;
+    const int64_t I0 = i0 + c.offset, I1 = I0 + rows;
+    const pos::Range w = pos::window_of_rows(c.band, I0, I1, c.p.Nk);
+    hi = w.hi > w.lo ? tiles::ceil_div(w.hi, kBN<E>) : 0;
+    if (hi > 0) {
+      lo = w.lo / kBN<E>;
+      mid = I1 <= 0 ? 0 : (I1 - 1) / kBN<E> + 1;
+      if (mid > hi) mid = hi;
+      if (mid < lo) mid = lo;
+    }
+    if (c.band.left > 0 && c.band.sinks > 0) {
+      sinks = tiles::ceil_div(c.band.sinks < c.p.Nk ? c.band.sinks : c.p.Nk, kBN<E>);
+      if (hi > 0 && sinks > lo) sinks = lo;
+    }
+  }
+  Walk() {}
+};
+
+// Blocks of queries that take turns on every key tile, so that a tile is read from far caches once for all of them.
+constexpr int kMaxTurns = 2;
+// How many, for `bytes` read in a walk over all keys: only where those are too much for a processor's own cache. At 4096 and
+// 8192 tokens of 64 channels 2 blocks gain 2-3 % (2 MiB of L2); 4 gain no more.
+inline int turns(int64_t bytes, bool composed) { return composed || bytes < (int64_t(3) << 18) ? 1 : kMaxTurns; }
+
+// f(block, tile) in the order of each block's own walk.
+template <class Fn>
+FASTPE_INLINE void walk_together(const Walk* w, int count, Fn&& f) {
+  int64_t back = 0, end = 0, sinks = 0, lo = INT64_MAX, mid = INT64_MAX;
+  for (int g = 0; g < count; ++g) {
+    back = w[g].mid > back ? w[g].mid : back;
+    end = w[g].hi > end ? w[g].hi : end;
+    sinks = w[g].sinks > sinks ? w[g].sinks : sinks;
+    lo = w[g].lo < lo ? w[g].lo : lo;
+    mid = w[g].mid < mid ? w[g].mid : mid;
+  }
+  for (int64_t t = back - 1; t >= lo; --t)
+    for (int g = 0; g < count; ++g)
+      if (t >= w[g].lo && t < w[g].mid) f(g, t);
+  for (int64_t t = mid; t < end; ++t)
+    for (int g = 0; g < count; ++g)
+      if (t >= w[g].mid && t < w[g].hi) f(g, t);
+  for (int64_t t = sinks - 1; t >= 0; --t)
+    for (int g = 0; g < count; ++g)
+      if (t < w[g].sinks) f(g, t);
+}
+// f(tile) for each tile of one block.
 template <class E, class Fn>
 FASTPE_INLINE void walk_tiles(const Call<E>& c, int64_t qb, Fn&& f) {
-  const int64_t i0 = qb * kBM, rows = c.p.Nq - i0 < kBM ? c.p.Nq - i0 : kBM;
-  const int64_t I0 = i0 + c.offset, I1 = I0 + rows;
-  const pos::Range w = pos::window_of_rows(c.band, I0, I1, c.p.Nk);
-  const int64_t t_hi = w.hi > w.lo ? tiles::ceil_div(w.hi, kBN<E>) : 0;
-  int64_t t_lo = w.lo / kBN<E>;
-  int64_t mid = (I1 - 1) / kBN<E> + 1;
-  if (I1 <= 0) mid = 0;
-  if (mid > t_hi) mid = t_hi;
-  if (mid < t_lo) mid = t_lo;
-  if (t_hi > 0) {
-    for (int64_t t = mid - 1; t >= t_lo; --t) f(t);
-    for (int64_t t = mid; t < t_hi; ++t) f(t);
-  } else {
-    t_lo = 0;
-  }
-  if (c.band.left > 0 && c.band.sinks > 0) {
-    int64_t s_hi = tiles::ceil_div(c.band.sinks < c.p.Nk ? c.band.sinks : c.p.Nk, kBN<E>);
-    if (t_hi > 0 && s_hi > t_lo) s_hi = t_lo;
-    for (int64_t t = s_hi - 1; t >= 0; --t) f(t);
-  }
+  const Walk w(c, qb);
+  walk_together(&w, 1, [&](int, int64_t t) { f(t); });
 }
 
 // ---- keys and values -----------------------------------------------------------------------------------------------------
@@ -710,60 +743,112 @@ FASTPE_INLINE Rope key_rope(const AttnParams& p, int x, int64_t j) {
   return region_rope<S>(p.k_rope, pos::region_by_key(p.region.kind) ? pos::region_of(p.region, 0, j) : x);
 }
 
-// Packed forms of one (batch, kv head). Which ones exist depends on the pass.
+// Whether rows of x serve as A operands where they lie: of the operand's own type, one after the other. (Rows a power of two
+// apart would share few sets of a cache.)
+template <class E>
+FASTPE_INLINE bool in_place(const View& x, DType type, int64_t n) {
+  if (x.sn != n || n % E::kPack) return false;
+  return type == (E::kPack == 2 ? DType::bf16 : sizeof(typename E::S) == 8 ? DType::f64 : DType::f32);
+}
+template <class E>
+FASTPE_INLINE const typename E::U* operand_rows(const View& x, int64_t b, int64_t h) {
+  constexpr int64_t size = int64_t(sizeof(typename E::U)) / E::kPack;
+  return reinterpret_cast<const typename E::U*>(static_cast<const char*>(x.p) + (b * x.sb + h * x.sh) * size);
+}
+
+// Operand forms of keys and values of one (batch, kv head). Rows serve scores and dP; keys on the summed axis (At of gemm.h)
+// serve O and dQ: where a unit is one scalar those are the rows again, else pairs of rows tile by tile.
 template <class E>
 struct KVPack {
   using U = typename E::U;
   using S = typename E::S;
-  U* k_rows = nullptr;  // A: (copies, Nk, D/kPack)         scores
-  U* v_rows = nullptr;  // A: (Nk, Dv/kPack)                dP
-  U* k_cols = nullptr;  // A: (copies, tiles, D, BN/kPack)  dQ
-  U* v_cols = nullptr;  // A: (tiles, Dv, BN/kPack)         O
-  S* k_norm = nullptr;  // (tiles) upper bound of |k_j| over the tile
+  static constexpr int64_t kUnits = kBN<E> / E::kPack;
+  const U *k_rows = nullptr, *v_rows = nullptr;  // (copies, Nk, D/kPack), (Nk, Dv/kPack)
+  U *k_own = nullptr, *v_own = nullptr;          // room for them, unless they serve in place
+  U *k_pairs = nullptr, *v_pairs = nullptr;      // (copies, tiles, kUnits, padded D), (tiles, kUnits, padded Dv)
+  S* k_norm = nullptr;                           // (tiles) upper bound of |k_j| over the tile
 
+  static int64_t pad(int64_t n) { return tiles::round_up(n, Vec<S>::kLanes); }
   // Rotated copies of the keys: one a region, unless all turn keys alike or the key alone decides.
   static int copies(const AttnParams& p) { return p.k_rope.sr && !pos::region_by_key(p.region.kind) ? pos::region_count(p.region.kind) : 1; }
   const U* rows_of(const AttnParams& p, int x) const { return k_rows + (copies(p) > 1 ? x : 0) * p.Nk * (p.D / E::kPack); }
-  const U* cols_of(const AttnParams& p, int x, int64_t nt) const { return k_cols + (copies(p) > 1 ? x : 0) * nt * p.D * (kBN<E> / E::kPack); }
+  // Tile t on the summed axis, with its pitch.
+  struct Summed {
+    const U* at;
+    int64_t ld;
+  };
+  Summed keys(const AttnParams& p, int x, int64_t t) const {
+    if constexpr (E::kPack == 1) return {rows_of(p, x) + t * kBN<E> * p.D, p.D};
+    else return {k_pairs + ((copies(p) > 1 ? x : 0) * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D), pad(p.D)};
+  }
+  Summed values(const AttnParams& p, int64_t t) const {
+    if constexpr (E::kPack == 1) return {v_rows + t * kBN<E> * p.Dv, p.Dv};
+    else return {v_pairs + t * kUnits * pad(p.Dv), pad(p.Dv)};
+  }
 
-  void carve(Carver& c, const AttnParams& p, int64_t nt, bool rows_v, bool cols_k, bool cols_v) {
-    constexpr int64_t units = kBN<E> / E::kPack;
-    k_rows = c.take<U>(copies(p) * p.Nk * (p.D / E::kPack));
-    if (rows_v) v_rows = c.take<U>(p.Nk * (p.Dv / E::kPack));
-    if (cols_k) k_cols = c.take<U>(copies(p) * nt * p.D * units);
-    if (cols_v) v_cols = c.take<U>(nt * p.Dv * units);
+  void carve(Carver& c, const AttnParams& p, int64_t nt, bool rows_v, bool keys_summed, bool values_summed) {
+    constexpr bool same = E::kPack == 1;
+    if (p.k_rope.cos || !in_place<E>(p.k, p.dtype, p.D)) k_own = c.take<U>(copies(p) * p.Nk * (p.D / E::kPack));
+    if ((rows_v || (same && values_summed)) && !in_place<E>(p.v, p.dtype, p.Dv)) v_own = c.take<U>(p.Nk * (p.Dv / E::kPack));
+    if (!same && keys_summed) k_pairs = c.take<U>(copies(p) * nt * kUnits * pad(p.D));
+    if (!same && values_summed) v_pairs = c.take<U>(nt * kUnits * pad(p.Dv));
     k_norm = c.take<S>(nt);
   }
 
-  // Packs tile t; rows and tmp: scratch of BN x max(D, Dv) scalars and as many units.
-  void pack(const AttnParams& p, int64_t b, int64_t hk, int64_t t, S* rows, U* tmp) const {
-    constexpr int64_t units = kBN<E> / E::kPack;
+  // Packs tile t; rows: scratch of BN x max(D, Dv) scalars and a vector.
+  void pack(const AttnParams& p, int64_t b, int64_t hk, int64_t t, S* rows) {
     const int64_t j0 = t * kBN<E>, n = p.Nk - j0 < kBN<E> ? p.Nk - j0 : kBN<E>;
+    if (t == 0) {
+      k_rows = k_own || p.k_rope.cos ? k_own : operand_rows<E>(p.k, b, hk);
+      v_rows = in_place<E>(p.v, p.dtype, p.Dv) ? operand_rows<E>(p.v, b, hk) : v_own;
+    }
     S biggest = 0;
     bool nan = false;
     for (int x = copies(p) - 1; x >= 0; --x) {
-      U* packed = k_rows + x * p.Nk * (p.D / E::kPack);
+      U* packed = k_own ? k_own + x * p.Nk * (p.D / E::kPack) : nullptr;
       for (int64_t j = 0; j < n; ++j) {
-        S* row = rows + j * p.D;
-        load_row(row, p.k, p.dtype, b, hk, j0 + j, p.D);
-        if (p.k_rope.cos) rotate_row(row, key_rope<S>(p, x, j0 + j), p.rope_pairs, p.rope_layout, false, b, hk, j0 + j);
+        const S* row = rows + j * p.D;
+        if constexpr (E::kPack == 1) {
+          if (packed) load_key(packed + (j0 + j) * p.D, p, x, b, hk, j0 + j);
+          row = (packed ? packed : operand_rows<E>(p.k, b, hk)) + (j0 + j) * p.D;
+        } else {
+          load_key(rows + j * p.D, p, x, b, hk, j0 + j);
+          if (packed) pack_row<E>(packed + (j0 + j) * (p.D / E::kPack), row, p.D);
+        }
         const S q = norm2(row, p.D);
         if (q > biggest) biggest = q;
         nan |= q != q;
-        pack_row<E>(packed + (j0 + j) * (p.D / E::kPack), row, p.D);
       }
-      if (k_cols) pack_columns<E>(k_cols + (x * tiles::ceil_div(p.Nk, kBN<E>) + t) * p.D * units, units, rows, p.D, n, units, p.D, tmp);
+      if (k_pairs) pack_rows<E>(k_pairs + (x * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D), pad(p.D), rows, p.D, n, p.D);
     }
     // Rounding of operands to bf16 moves a norm by less than 2^-8.
     k_norm[t] = nan ? kInf<S> : S(__builtin_sqrt(double(biggest))) * S(E::kPack == 2 ? 1.01 : 1.0001);
+    if (!v_own && !v_pairs) return;
     for (int64_t j = 0; j < n; ++j) {
-      S* row = rows + j * p.Dv;
+      S* row = E::kPack == 1 ? reinterpret_cast<S*>(v_own) + (j0 + j) * p.Dv : rows + j * p.Dv;
       load_row(row, p.v, p.dtype, b, hk, j0 + j, p.Dv);
-      if (v_rows) pack_row<E>(v_rows + (j0 + j) * (p.Dv / E::kPack), row, p.Dv);
+      if (E::kPack != 1 && v_own) pack_row<E>(v_own + (j0 + j) * (p.Dv / E::kPack), row, p.Dv);
     }
-    if (v_cols) pack_columns<E>(v_cols + t * p.Dv * units, units, rows, p.Dv, n, units, p.Dv, tmp);
+    if (v_pairs) pack_rows<E>(v_pairs + t * kUnits * pad(p.Dv), pad(p.Dv), rows, p.Dv, n, p.Dv);
+  }
+
+ private:
+  static void load_key(S* row, const AttnParams& p, int x, int64_t b, int64_t hk, int64_t j) {
+    load_row(row, p.k, p.dtype, b, hk, j, p.D);
+    if (p.k_rope.cos) rotate_row(row, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, false, b, hk, j);
   }
 };
+
+// acc[channel][query] (+)= sum of a[key][channel] b[key][query] over keys [js, je), js and jm at whole units; keys from jm on
+// leave out the first half of the lanes. a and b begin at the tile's first key.
+template <class E>
+FASTPE_INLINE void sum_keys(typename KVPack<E>::Summed a, const typename E::U* b, int64_t ldb, typename E::S* acc, int64_t channels, int64_t js, int64_t jm, int64_t je, int64_t lanes, bool clear) {
+  constexpr int64_t half = kBM / 2;
+  const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
+  if (clear) gemm<E, false, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0);
+  else gemm<E, true, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0);
+  if (jm < je) gemm<E, true, true>(a.at + um * a.ld, a.ld, b + um * ldb + half, ldb, acc + half, kBM, channels, lanes - half, u1 - um);
+}
 
 // Products K Qt of keys [js, je) of the tile at j0 with lanes rows from I0 on; keys from jm on leave out the first half of
 // the lanes. With regions (qt holds one turned copy of the queries after the other, q_step apart) there is one product a

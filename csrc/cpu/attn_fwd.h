@@ -3,7 +3,8 @@
 // Work: keys and values of a wave of (batch, kv head) pairs are packed once (K rotated); then one task per
 // (head, block of kBM queries) walks the key tiles it can see. A task owns its rows, so the result does not depend on
 // how tasks are spread over threads.
-// A task, per tile of kBN keys:
+// Where keys and values of a head exceed the processor's own cache, a task takes up to kMaxTurns such blocks, which take turns
+// on every tile. A task, per tile of kBN keys:
 //   S[key][query]  = K Qt                       product, Qt (D x kBM) stays in L1
 //   running maximum, P = exp2(S - m), row sums  vertical, on the tile while it is in L1
 //   O^T[dv][query] += V^T P                     product into a (Dv x kBM) accumulator
@@ -34,21 +35,26 @@ struct FwdScratch {
   Reach<S>* reach;
   S *m, *l, *slack, *ids;
 
+  // What a tile needs.
   void carve(Carver& c, const AttnParams& p) {
     const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
     rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 16);
     tmp = E::kPack == 1 ? nullptr : c.take<U>((kBM > kBN<E> ? kBM : kBN<E>) * tiles::round_up(dmax, 16));
     s = c.take<S>(kBN<E> * kBM);
-    o = c.take<S>(p.Dv * kBM);
     terms = pos::is_composed(p) ? c.take<S>(Terms<E>::kScratch) : nullptr;
     other = p.region.kind == RegionKind::none ? nullptr : c.take<S>(kBN<E> * kBM);
-    qt = c.take<U>(pos::region_count(p.region.kind) * (p.D / E::kPack * kBM));
     pt = E::kPack == 1 ? nullptr : c.take<U>(kBN<E> / E::kPack * kBM);
     bias = c.take<TileBias<S>>(1);
-    block = c.take<BlockBias<S>>(1);
-    scale = c.take<BlockScale<S>>(1);
     reach = c.take<Reach<S>>(1);
     strips.carve(c, p, false);
+    carve_block(c, p);
+  }
+  // What belongs to a block of queries from its first tile to its last.
+  void carve_block(Carver& c, const AttnParams& p) {
+    o = c.take<S>(p.Dv * kBM);
+    qt = c.take<U>(pos::region_count(p.region.kind) * (p.D / E::kPack * kBM));
+    block = c.take<BlockBias<S>>(1);
+    scale = c.take<BlockScale<S>>(1);
     m = c.take<S>(kBM);
     l = c.take<S>(kBM);
     slack = c.take<S>(kBM);
@@ -149,13 +155,22 @@ struct Forward {
   KVPack<E>* packs = nullptr;
   char* worker_base = nullptr;
   size_t worker_bytes = 0;
+  int taking_turns = 1;  // blocks of a task
 
   Forward(const AttnParams& params, const Runtime& runtime, TileStats* st) : p(params), call(params), rt(runtime), stats(st) {}
 
+  // Scratch of `count` blocks, which share what a tile needs.
+  void scratch(int worker, FwdScratch<E>* w, int count) const {
+    Carver c{worker_base + size_t(worker) * worker_bytes};
+    w[0].carve(c, p);
+    for (int g = 1; g < count; ++g) {
+      w[g] = w[0];
+      w[g].carve_block(c, p);
+    }
+  }
   FwdScratch<E> scratch(int worker) const {
     FwdScratch<E> w;
-    Carver c{worker_base + size_t(worker) * worker_bytes};
-    w.carve(c, p);
+    scratch(worker, &w, 1);
     return w;
   }
 
@@ -165,12 +180,16 @@ struct Forward {
     FwdScratch<E> probe;
     Carver pc{nullptr};
     probe.carve(pc, p);
-    worker_bytes = (pc.used + 127) / 64 * 64;
     KVPack<E> one;
     Carver oc{nullptr};
     one.carve(oc, p, call.nk_tiles, false, false, true);
     const int64_t total = p.B * p.Hk;
     const int64_t wave = wave_heads(int64_t(oc.used), total, rt.threads, int64_t(8) << 20);
+    taking_turns = turns(p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack, pos::is_composed(p));
+    // Short tasks where they are few: the last ones to finish should not leave other workers idle.
+    while (taking_turns > 1 && rt.threads > 1 && wave * (p.H / p.Hk) * call.nq_blocks / taking_turns < 16 * rt.threads) taking_turns /= 2;
+    for (int g = 1; g < taking_turns; ++g) probe.carve_block(pc, p);
+    worker_bytes = (pc.used + 127) / 64 * 64;
     char* mem = nullptr;
     const auto layout = [&](Carver& c) {
       call.carve(c, false);
@@ -193,7 +212,7 @@ struct Forward {
     for (head0 = 0; head0 < total; head0 += wave) {
       heads = total - head0 < wave ? total - head0 : wave;
       rt.parallel(heads * call.nk_tiles, [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->pack_task(task, worker); }, this);
-      rt.parallel(heads * (p.H / p.Hk) * call.nq_blocks, [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->block_task(task, worker); }, this);
+      rt.parallel(heads * tasks_each(), [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->block_task(task, worker); }, this);
     }
     rt.release(mem);
   }
@@ -202,16 +221,22 @@ struct Forward {
     const int64_t w = task / call.nk_tiles, t = task % call.nk_tiles;
     const int64_t bk = head0 + w;
     const FwdScratch<E> sc = scratch(worker);
-    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, sc.rows, sc.tmp);
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, sc.rows);
   }
+
+  int64_t tasks_each() const { return tiles::ceil_div(p.H / p.Hk * call.nq_blocks, taking_turns); }
 
   void block_task(int64_t task, int worker) {
     // Later blocks see more keys under a causal mask: they go first, so that the last tasks to finish are short.
     const int64_t group = p.H / p.Hk, per_head = group * call.nq_blocks;
-    const int64_t w = task / per_head, rest = task % per_head;
-    const int64_t qb = call.nq_blocks - 1 - rest / group;
-    const int64_t bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk, h = hk * group + rest % group;
-    block(packs[w], b, h, qb, scratch(worker));
+    const int64_t w = task / tasks_each(), first = task % tasks_each() * taking_turns;
+    const int64_t bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
+    const int count = per_head - first < taking_turns ? int(per_head - first) : taking_turns;
+    FwdScratch<E> sc[kMaxTurns];
+    scratch(worker, sc, count);
+    Block blocks[kMaxTurns];
+    for (int g = 0; g < count; ++g) blocks[g] = {hk * group + (first + g) % group, call.nq_blocks - 1 - (first + g) / group, sc[g]};
+    run_blocks(packs[w], b, blocks, count);
   }
 
   // The rows of a block as operands, turned once for every region they can reach, with their scale and length.
@@ -238,57 +263,75 @@ struct Forward {
     }
   }
 
-  void block(const KVPack<E>& kv, int64_t b, int64_t h, int64_t qb, FwdScratch<E> w) {
-    const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = i0 + call.offset;
-    const int64_t lanes = tiles::round_up(rows, L);
-    const int64_t units = kBN<E> / E::kPack;
-    const double skip = skip_log2(p);
-
-    load_queries(b, h, i0, rows, lanes, w);
-
-    HeadBias<S> hb;
-    hb.init(p, b, h, call.table_of(h), call.env_of(h));
-    w.block->init(hb, i0, rows, I0);
-    const Terms<E> terms{call, hb, *w.block, b, h, i0, rows, lanes, I0, w.terms, &w.strips};
-    if (w.terms) terms.start();
-    if (p.vis.q_ids) call.load_q_ids(b, i0, rows, w.ids);
-    for (int64_t l = 0; l < lanes; ++l) {
-      w.m[l] = -kInf<S>;
-      w.l[l] = 0;  // lanes past the last row see the same keys with q = 0
-      w.slack[l] = l < rows ? S(skip) : kInf<S>;
-    }
+  // A block of queries on its way through the key tiles.
+  struct Block {
+    int64_t h = 0, qb = 0;
+    FwdScratch<E> w;
+    int64_t i0 = 0, rows = 0, lanes = 0, I0 = 0;
+    HeadBias<S> hb{};
     bool empty = true;
-    int64_t visited = 0, hidden = 0, decayed = 0;
+    int64_t visited = 0, decayed = 0;
+  };
 
-    walk_tiles(call, qb, [&](int64_t t) {
-      int64_t js, je;
-      TileMask<S> mask;
-      if (call.classify(b, h, qb, t, js, je, mask) == TileClass::hidden) { ++hidden; return; }
-      const int64_t j0 = t * kBN<E>;
-      TileBias<S>& tb = *w.bias;
-      tb.init(hb, *w.block, p, I0, lanes, j0, js, je);
-      mask.q_ids = w.ids;
-      bool exact = true;
-      if (!empty && (!w.terms || skip > -1e300)) {
-        if (w.terms) terms.reach(tb, *w.reach, j0, js, je);
-        const Bound bound = judge(tb, hb, kv.k_norm[t], w, terms, I0, j0 + js, j0 + je - 1, lanes);
-        if (skip > -1e300 && bound.forgettable) { ++decayed; return; }
-        exact = w.terms || !bound.harmless;
-      }
-      ++visited;
-      tile(kv, t, j0, js, je, tb, mask, terms, w, lanes, units, empty, exact);
-      empty = false;
-    });
-    finish(b, h, i0, rows, lanes, empty, w);
-    if (stats) {
-      // The walk starts inside the visible range; what lies outside was never touched either.
-      hidden += call.nk_tiles - visited - hidden - decayed;
-      __atomic_fetch_add(&stats->visited, visited, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->hidden, hidden, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->decayed, decayed, __ATOMIC_RELAXED);
+  void run_blocks(const KVPack<E>& kv, int64_t b, Block* blocks, int count) {
+    const double skip = skip_log2(p);
+    Walk walks[kMaxTurns];
+    for (int g = 0; g < count; ++g) {
+      start(b, blocks[g], skip);
+      walks[g] = Walk(call, blocks[g].qb);
+    }
+    // Terms keep their own state between tiles: composed calls come one block at a time.
+    Block& one = blocks[0];
+    const Terms<E> terms{call, one.hb, *one.w.block, b, one.h, one.i0, one.rows, one.lanes, one.I0, one.w.terms, &one.w.strips};
+    if (one.w.terms) terms.start();
+    walk_together(walks, count, [&](int g, int64_t t) { visit(kv, b, t, blocks[g], terms, skip); });
+    for (int g = 0; g < count; ++g) {
+      Block& x = blocks[g];
+      finish(b, x.h, x.i0, x.rows, x.lanes, x.empty, x.w);
+      if (!stats) continue;
+      __atomic_fetch_add(&stats->visited, x.visited, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&stats->hidden, call.nk_tiles - x.visited - x.decayed, __ATOMIC_RELAXED);
+      __atomic_fetch_add(&stats->decayed, x.decayed, __ATOMIC_RELAXED);
       stats->block_q = kBM;
       stats->block_k = kBN<E>;
     }
+  }
+
+  void start(int64_t b, Block& x, double skip) const {
+    x.i0 = x.qb * kBM;
+    x.rows = p.Nq - x.i0 < kBM ? p.Nq - x.i0 : kBM;
+    x.I0 = x.i0 + call.offset;
+    x.lanes = tiles::round_up(x.rows, L);
+    load_queries(b, x.h, x.i0, x.rows, x.lanes, x.w);
+    x.hb.init(p, b, x.h, call.table_of(x.h), call.env_of(x.h));
+    x.w.block->init(x.hb, x.i0, x.rows, x.I0);
+    if (p.vis.q_ids) call.load_q_ids(b, x.i0, x.rows, x.w.ids);
+    for (int64_t l = 0; l < x.lanes; ++l) {
+      x.w.m[l] = -kInf<S>;
+      x.w.l[l] = 0;  // lanes past the last row see the same keys with q = 0
+      x.w.slack[l] = l < x.rows ? S(skip) : kInf<S>;
+    }
+  }
+
+  void visit(const KVPack<E>& kv, int64_t b, int64_t t, Block& x, const Terms<E>& terms, double skip) const {
+    FwdScratch<E>& w = x.w;
+    int64_t js, je;
+    TileMask<S> mask;
+    if (call.classify(b, x.h, x.qb, t, js, je, mask) == TileClass::hidden) return;
+    const int64_t j0 = t * kBN<E>;
+    TileBias<S>& tb = *w.bias;
+    tb.init(x.hb, *w.block, p, x.I0, x.lanes, j0, js, je);
+    mask.q_ids = w.ids;
+    bool exact = true;
+    if (!x.empty && (!w.terms || skip > -1e300)) {
+      if (w.terms) terms.reach(tb, *w.reach, j0, js, je);
+      const Bound bound = judge(tb, x.hb, kv.k_norm[t], w, terms, x.I0, j0 + js, j0 + je - 1, x.lanes);
+      if (skip > -1e300 && bound.forgettable) { ++x.decayed; return; }
+      exact = w.terms || !bound.harmless;
+    }
+    ++x.visited;
+    tile(kv, t, j0, js, je, tb, mask, terms, w, x.lanes, x.empty, exact);
+    x.empty = false;
   }
 
   // What the largest possible scores of a tile, |q| |k|max scale + (largest bias), allow.
@@ -305,15 +348,13 @@ struct Forward {
       const V bound = w.terms ? terms.upper(*w.reach, product, tb.upper(hb, l, I0, j_first, j_last)) : product + tb.upper(hb, l, I0, j_first, j_last);
       // A row's sum holds at least one P of 1 as soon as it has seen a key, so its lse is at least m.
       const Mask<S> a = m + V::load(w.slack + l) >= bound, b = m + V(S(kRoom)) >= bound;
-      for (int x = 0; x < L; ++x) {  // NaN is on neither side
-        skip &= a.m[x] != 0;
-        calm &= b.m[x] != 0;
-      }
+      skip &= all(a);  // NaN is on neither side
+      calm &= all(b);
     }
     return {skip, calm};
   }
 
-  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, int64_t units, bool first, bool exact) {
+  void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, bool first, bool exact) const {
     constexpr int64_t half = kBM / 2;
     const int64_t jm = lanes > half ? mask.split : je;
     tile_scores(p, kv, w.qt, q_step(), mask, js, jm, je, lanes, w.s, kBM, w.other);
@@ -362,14 +403,10 @@ struct Forward {
       });
     });
     const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(w.s) : w.pt;
-    const U* va = kv.v_cols + t * p.Dv * units;
-    const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
-    if (first) gemm<E, false>(va + u0, units, pb + u0 * kBM, kBM, w.o, kBM, p.Dv, lanes, u_end - u0);
-    else gemm<E, true>(va + u0, units, pb + u0 * kBM, kBM, w.o, kBM, p.Dv, lanes, u_end - u0);
-    if (jm < je) gemm<E, true>(va + um, units, pb + um * kBM + half, kBM, w.o + half, kBM, p.Dv, lanes - half, u1 - um);
+    sum_keys<E>(kv.values(p, t), pb, kBM, w.o, p.Dv, js, jm, je, lanes, first);
   }
 
-  void finish(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, bool empty, FwdScratch<E>& w) {
+  void finish(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, bool empty, FwdScratch<E>& w) const {
     const S* sink = at<S>(p.sink, 0, h);
     S* lse = static_cast<S*>(p.lse) + (b * p.H + h) * p.Nq + i0;
     alignas(64) S inv[kBM];

@@ -157,7 +157,7 @@ struct CopeBackward {
   void pack_task(int64_t task, int worker) {
     const int64_t w = task / c.call.nk_tiles;
     const Scratch sc = scratch(worker);
-    c.pack(w, head0 + w, task % c.call.nk_tiles, sc.rows, sc.tmp);
+    c.pack(w, head0 + w, task % c.call.nk_tiles, sc.rows);
   }
 
   // One channel of the table's gradient, heads and splits in order.
@@ -271,7 +271,7 @@ struct CopeBackward {
   }
 
   void tile(int64_t pack, int64_t b, int64_t h, int64_t qb, int64_t t, int64_t js, int64_t je, const TileMask<S>& mask, Scratch& w, const Sums& sums, int64_t lanes, bool first, int64_t& z_done, int64_t& dz_done) {
-    constexpr int64_t half = kBM / 2, units = kBN<E> / E::kPack;
+    constexpr int64_t half = kBM / 2;
     const KVPack<E>& kv = c.packs[pack];
     const int64_t j0 = t * kBN<E>, jm = lanes > half ? mask.split : je;
     c.products(kv.k_rows, p.D / E::kPack, w.qt, w.s, j0, js, jm, je, lanes);
@@ -325,17 +325,13 @@ struct CopeBackward {
     by_key(sums.v, dvp, pa, w.dor);
     by_key(sums.k, dp, dsa, w.qr);
     if (own) by_key(sums.gate_k, gp, gsa, w.gate_qr);
-    const auto by_query = [&](S* acc, int64_t channels, const U* cols, const U* right, bool clear) {
-      const U* kc = cols + t * channels * units;
-      const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
-      if (clear) gemm<E, false>(kc + u0, units, right + u0 * kBM, kBM, acc, kBM, channels, lanes, u_end - u0);
-      else gemm<E, true>(kc + u0, units, right + u0 * kBM, kBM, acc, kBM, channels, lanes, u_end - u0);
-      if (jm < je) gemm<E, true>(kc + um, units, right + um * kBM + half, kBM, acc + half, kBM, channels, lanes - half, u1 - um);
+    const auto by_query = [&](S* acc, int64_t channels, typename KVPack<E>::Summed keys, const U* right, bool clear) {
+      sum_keys<E>(keys, right, kBM, acc, channels, js, jm, je, lanes, clear);
     };
-    if (want_q) by_query(w.dq, p.D, kv.k_cols, dsb, first);
+    if (want_q) by_query(w.dq, p.D, kv.keys(p, 0, t), dsb, first);
     if (first && want_gate_q) std::memset(w.dgq, 0, size_t(c.c.G * kBM) * sizeof(S));
-    if (own && c.c.gate_q.p && want_gate_q) by_query(w.dgq, c.c.G, c.gate_packs[pack].k_cols, gsb, false);
-    if (own && !c.c.gate_q.p && want_q) by_query(w.dq, p.D, c.gate_packs[pack].k_cols, gsb, false);
+    if (own && c.c.gate_q.p && want_gate_q) by_query(w.dgq, c.c.G, c.gate_packs[pack].keys(c.gate, 0, t), gsb, false);
+    if (own && !c.c.gate_q.p && want_q) by_query(w.dq, p.D, c.gate_packs[pack].keys(c.gate, 0, t), gsb, false);
   }
 
   static const U* operand(const S* x) { return E::kPack == 1 ? reinterpret_cast<const U*>(x) : nullptr; }

@@ -248,9 +248,9 @@ struct CopeCall {
       for (int64_t n = 0; n < ldz; ++n) packed[d * ldz + n] = n < npos ? e[d * npos + n] * f : S(0);
   }
 
-  void pack(int64_t w, int64_t bk, int64_t t, S* rows, U* tmp) const {
-    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, rows, tmp);
-    if (own_gates) gate_packs[w].pack(gate, bk / p.Hk, bk % p.Hk, t, rows, tmp);
+  void pack(int64_t w, int64_t bk, int64_t t, S* rows) const {
+    packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, rows);
+    if (own_gates) gate_packs[w].pack(gate, bk / p.Hk, bk % p.Hk, t, rows);
   }
 
   S* carry(int64_t b, int64_t h, int64_t qb, int64_t t) const {

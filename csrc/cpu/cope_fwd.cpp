@@ -79,7 +79,7 @@ struct CopeForward {
   void pack_task(int64_t task, int worker) {
     const int64_t w = task / c.call.nk_tiles;
     const Scratch sc = scratch(worker);
-    c.pack(w, head0 + w, task % c.call.nk_tiles, sc.base.rows, sc.base.tmp);
+    c.pack(w, head0 + w, task % c.call.nk_tiles, sc.base.rows);
   }
 
   void block_task(int64_t task, int worker) {
@@ -216,7 +216,7 @@ struct CopeForward {
   void tile(int64_t pack, int64_t t, int64_t js, int64_t je, const TileMask<S>& mask, Scratch& w, int64_t lanes, bool first, bool saturated, int64_t& z_done) {
     FwdScratch<E>& f = w.base;
     const KVPack<E>& kv = c.packs[pack];
-    constexpr int64_t half = kBM / 2, units = kBN<E> / E::kPack;
+    constexpr int64_t half = kBM / 2;
     const int64_t j0 = t * kBN<E>, jm = lanes > half ? mask.split : je;
     c.products(kv.k_rows, p.D / E::kPack, f.qt, f.s, j0, js, jm, je, lanes);
     alignas(64) S mx[kBM], alpha[kBM], m_safe[kBM];
@@ -257,11 +257,7 @@ struct CopeForward {
       prob_pass<E, Kind::none, pos::Phi<BiasForm::signed_>, true, decltype(g)::value>(none, alpha, f.s, f.pt, js, je, l, m_safe, f.l);
     });
     const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(f.s) : f.pt;
-    const U* va = kv.v_cols + t * p.Dv * units;
-    const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
-    if (first) gemm<E, false>(va + u0, units, pb + u0 * kBM, kBM, f.o, kBM, p.Dv, lanes, u_end - u0);
-    else gemm<E, true>(va + u0, units, pb + u0 * kBM, kBM, f.o, kBM, p.Dv, lanes, u_end - u0);
-    if (jm < je) gemm<E, true>(va + um, units, pb + um * kBM + half, kBM, f.o + half, kBM, p.Dv, lanes - half, u1 - um);
+    sum_keys<E>(kv.values(p, t), pb, kBM, f.o, p.Dv, js, jm, je, lanes, first);
   }
 };
 

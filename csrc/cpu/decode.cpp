@@ -67,31 +67,34 @@ FASTPE_INLINE void by_rows(int64_t R, Fn&& f) {
   if (r < R) f(Rows<1>{}, r);
 }
 
-// A chunk of rows as operands: kChunk of them, `step` units apart.
-template <class U>
-struct Operand {
-  const U* p = nullptr;
-  int64_t step = 0;
-};
+// What stands for a row that is not there: the widest row of zeros in any type.
+alignas(64) constexpr char kNothing[256 * 8] = {};
+
+// A vector of operands from u on, of a row stored as T: the operand itself, or, where operands are float, 16 bits.
+template <class E, DType T>
+FASTPE_INLINE typename E::BVec load_unit(const char* row, int64_t u) {
+  if constexpr (E::kPack == 1 && T == DType::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(row) + u);
+  else if constexpr (E::kPack == 1 && T == DType::f16) return load_f16(reinterpret_cast<const uint16_t*>(row) + u);
+  else return E::load_b(reinterpret_cast<const typename E::U*>(row) + u);
+}
 
 // Lines that will be wanted soon, of the rows of a chunk. Products alternate between keys and values, which the
 // processor's own prefetching does not follow; asking for the next lot between products keeps memory busy throughout
 // (2.2 times faster on 512 MiB of keys and values).
 struct Ahead {
-  const char* p = nullptr;  // null: nothing
-  int64_t step = 0;         // bytes from row to row
-  int64_t first = 0, last = 0;  // bytes of a row
-  FASTPE_INLINE void fetch(int64_t row) const {
-    if (!p) return;
-    const char* at = p + row * step;
+  const char* const* row = nullptr;  // null: nothing
+  int64_t first = 0, last = 0;       // bytes of a row
+  FASTPE_INLINE void fetch(int64_t x) const {
+    if (!row) return;
+    const char* at = row[x];
     for (int64_t e = first; e < last; e += 64) __builtin_prefetch(at + e, 0, 2);
   }
 };
 
-// s[r][x] = <q[r], k[x]> for RB rows and the kChunk keys of a chunk. Keys are read one after the other, as they lie.
+// s[r][x] = <q[r], k[x]> for RB rows and the kChunk keys of a chunk. Keys are read one after the other, where they lie.
 // NU: vectors of a row, 0: `units` says.
-template <class E, int RB, int NU>
-FASTPE_INLINE void dots_of(Operand<typename E::U> k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
+template <class E, DType T, int RB, int NU>
+FASTPE_INLINE void dots_of(const char* const* k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
   using S = typename E::S;
   using V = Vec<S>;
   constexpr int L = V::kLanes, KB = L / RB;
@@ -100,11 +103,11 @@ FASTPE_INLINE void dots_of(Operand<typename E::U> k, const typename E::U* q, int
 #pragma GCC unroll 16
     for (int y = 0; y < KB; ++y) {
       ahead.fetch(x + y);
-      const typename E::U* row = k.p + (x + y) * k.step;
+      const char* row = k[x + y];
 #pragma GCC unroll 4
       for (int r = 0; r < RB; ++r) acc[r * KB + y] = V(S(0));
       const auto step = [&](int64_t u) {
-        const typename E::BVec kv = E::load_b(row + u);
+        const typename E::BVec kv = load_unit<E, T>(row, u);
 #pragma GCC unroll 4
         for (int r = 0; r < RB; ++r) acc[r * KB + y] = E::mac(acc[r * KB + y], kv, E::load_b(q + r * units + u));
       };
@@ -122,20 +125,20 @@ FASTPE_INLINE void dots_of(Operand<typename E::U> k, const typename E::U* q, int
     for (int r = 0; r < RB; ++r) std::memcpy(s + r * pitch + x, t + r * KB, KB * sizeof(S));
   }
 }
-template <class E, int RB>
-FASTPE_INLINE void dots(Operand<typename E::U> k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
+template <class E, DType T, int RB>
+FASTPE_INLINE void dots(const char* const* k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
   constexpr int L = Vec<typename E::S>::kLanes;
   if constexpr (L == 16 && RB == 4) {  // the usual widths with a vector this wide
-    if (units == 4 * L) return dots_of<E, RB, 4>(k, q, 4 * L, s, pitch, ahead);
-    if (units == 8 * L) return dots_of<E, RB, 8>(k, q, 8 * L, s, pitch, ahead);
+    if (units == 4 * L) return dots_of<E, T, RB, 4>(k, q, 4 * L, s, pitch, ahead);
+    if (units == 8 * L) return dots_of<E, T, RB, 8>(k, q, 8 * L, s, pitch, ahead);
   }
-  dots_of<E, RB, 0>(k, q, units, s, pitch, ahead);
+  dots_of<E, T, RB, 0>(k, q, units, s, pitch, ahead);
 }
 
 // o[r][NV vectors] += P v over the chunks of `live`. In bf16 two keys are interleaved in registers, which leaves the
 // channels of 32 in the order of channel_of.
-template <class E, int RB, int NV>
-FASTPE_INLINE void weigh(const Operand<typename E::U>* v, uint32_t live, int64_t col, const typename E::U* pt, typename E::S* o, int64_t pitch, const Ahead* ahead) {
+template <class E, DType T, int RB, int NV>
+FASTPE_INLINE void weigh(const char* const* v, uint32_t live, int64_t col, const typename E::U* pt, typename E::S* o, int64_t pitch, const Ahead& ahead) {
   using S = typename E::S;
   using V = Vec<S>;
   constexpr int L = V::kLanes;
@@ -147,14 +150,14 @@ FASTPE_INLINE void weigh(const Operand<typename E::U>* v, uint32_t live, int64_t
     for (int n = 0; n < NV; ++n) acc[r][n] = V::load(o + r * pitch + n * L);
   for (int c = 0; c < kChunks; ++c) {
     if (!(live >> c & 1)) continue;
-    const typename E::U* row = v[c].p + col;
+    const char* const* rows = v + c * kChunk;
     const typename E::U* w = pt + c * (kChunk / E::kPack);
     if constexpr (E::kPack == 1) {
-      for (int64_t x = 0; x < kChunk; ++x, row += v[c].step) {
-        ahead[c].fetch(x);
+      for (int64_t x = 0; x < kChunk; ++x) {
+        ahead.fetch(c * kChunk + x);
         V vv[NV];
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) vv[n] = V::load(row + n * L);
+        for (int n = 0; n < NV; ++n) vv[n] = load_unit<E, T>(rows[x], col + n * L);
 #pragma GCC unroll 4
         for (int r = 0; r < RB; ++r) {
           const V pv(w[r * units + x]);
@@ -164,13 +167,15 @@ FASTPE_INLINE void weigh(const Operand<typename E::U>* v, uint32_t live, int64_t
       }
     } else {
 #if defined(__AVX512BF16__)
-      for (int64_t x = 0; x < kChunk / 2; ++x, row += 2 * v[c].step) {
-        ahead[c].fetch(2 * x);
-        ahead[c].fetch(2 * x + 1);
+      for (int64_t x = 0; x < kChunk / 2; ++x) {
+        ahead.fetch(c * kChunk + 2 * x);
+        ahead.fetch(c * kChunk + 2 * x + 1);
+        const typename E::U* lo = reinterpret_cast<const typename E::U*>(rows[2 * x]) + col;
+        const typename E::U* hi = reinterpret_cast<const typename E::U*>(rows[2 * x + 1]) + col;
         typename E::BVec vv[NV];
 #pragma GCC unroll 4
         for (int n = 0; n < NV / 2; ++n) {
-          const __m512i a = _mm512_loadu_si512(row + n * L), b = _mm512_loadu_si512(row + v[c].step + n * L);
+          const __m512i a = _mm512_loadu_si512(lo + n * L), b = _mm512_loadu_si512(hi + n * L);
           vv[2 * n].v = _mm512_unpacklo_epi16(a, b);
           vv[2 * n + 1].v = _mm512_unpackhi_epi16(a, b);
         }
@@ -212,7 +217,9 @@ struct Decode {
   const Runtime& rt;
   TileStats* stats;
   // A unit is a set of rows that share their keys: all rows of a kv head, or the rows that share one list.
-  const int64_t group, units_per_head, R, regions, keys, split, splits, k_units, v_units;
+  const int64_t group, units_per_head, R, regions;
+  const int64_t copies;  // of the keys, each turned for its region; 1: one serves all
+  const int64_t keys, split, splits, k_units, v_units;
   const int64_t size;  // bytes of a stored number
   S *part_m = nullptr, *part_l = nullptr, *part_o = nullptr;  // (splits, B, Hk, units, R) and (.., Dv)
   char* worker_base = nullptr;
@@ -224,6 +231,7 @@ struct Decode {
         units_per_head(!d.list ? 1 : d.list_by_head ? p.Nq * group : p.Nq),
         R(!d.list ? p.Nq * group : d.list_by_head ? 1 : group),
         regions(pos::region_count(p.region.kind)),
+        copies(d.more[0].p ? regions : 1),
         keys(d.list ? d.list_len : p.Nk),
         split(tiles::decode_split(R)),
         splits(tiles::ceil_div(keys, split)),
@@ -237,6 +245,8 @@ struct Decode {
     HeadBias<S>* heads;
     uint64_t *seen, *common;
     int32_t* list;
+    // Where the rows of a tile lie: keys and values as stored, the copies in k and v, the keys of the next tile.
+    const char **keys, **values, **k_rows, **v_rows, **next;
     void carve(Carver& c, const Decode& t) {
       const AttnParams& p = t.p;
       const int64_t wide = tiles::round_up(p.D > p.Dv ? p.D : p.Dv, 64);
@@ -258,6 +268,11 @@ struct Decode {
       seen = c.take<uint64_t>(t.R);
       common = c.take<uint64_t>(p.Nq);
       list = c.take<int32_t>(kKeys);
+      keys = c.take<const char*>(t.copies * kKeys);
+      values = c.take<const char*>(kKeys);
+      k_rows = c.take<const char*>(kChunk);
+      v_rows = c.take<const char*>(kKeys);
+      next = c.take<const char*>(kKeys);
     }
   };
 
@@ -269,7 +284,7 @@ struct Decode {
   // A tile of keys: [j0, j0 + n), or list[0..n) with -1 for none.
   struct Tile {
     int64_t x0, j0, n;
-    int64_t next;  // first key of the whole tile that comes after it, -1: none
+    int64_t next;  // entries of the tile that comes after it in this split
     const int32_t* list;
     int64_t key(int64_t x) const { return list ? list[x] : j0 + x; }
   };
@@ -342,21 +357,22 @@ struct Decode {
       tile.x0 = tile.j0 = x0 + t * kKeys;
       tile.n = x1 - tile.x0 < kKeys ? x1 - tile.x0 : kKeys;
       tile.list = nullptr;
-      tile.next = !d.list && tile.j0 + 2 * kKeys <= x1 ? tile.j0 + kKeys : -1;
+      tile.next = x1 - tile.x0 - tile.n < kKeys ? x1 - tile.x0 - tile.n : kKeys;
       if (u.list) {
         std::memcpy(w.list, u.list + tile.x0, size_t(tile.n) * sizeof(int32_t));
         tile.list = w.list;
       }
       const uint64_t any = look(u, tile, w);
       if (!any) { ++hidden; continue; }
-      if (!started) start(u, w);
+      for (int x = 0; x < int(copies); ++x) find_rows(key_view(x), u, tile.x0, tile.n, w.keys + x * kKeys);
+      find_rows(p.v, u, tile.x0, tile.n, w.values);
+      if (!started) {
+        if (u.list)  // rows that lie anywhere; later tiles are asked for while the one before is worked on
+          for (int64_t y = 0; y < tile.n; ++y) Ahead{w.keys, 0, p.D * size}.fetch(y);
+        start(u, w);
+      }
       started = true;
       ++visited;
-      if (u.list) {
-        // Listed rows lie anywhere: those of the first chunk and the values are asked for before the keys are used.
-        fetch_listed(p.k, u, tile, 0, kChunk, p.D);
-        fetch_listed(p.v, u, tile, 0, kKeys, p.Dv);
-      }
       scores(u, tile, any, w);
       soften(u, tile, w);
       values(u, tile, any, w);
@@ -389,6 +405,7 @@ struct Decode {
       w.l[r] = 0;
     }
     std::memset(w.o, 0, size_t(R * v_units * E::kPack) * sizeof(S));
+    for (int64_t y = 0; y < kChunk; ++y) w.k_rows[y] = reinterpret_cast<const char*>(w.k + y * k_units);
   }
 
   // ---- visibility: one bit a key --------------------------------------------------------------------------------------
@@ -484,25 +501,52 @@ struct Decode {
     if (!d.pages) return {u.b, j};
     return {d.pages[u.b * d.pages_sb + j / d.page_size], j % d.page_size};
   }
-  FASTPE_INLINE const U* row_at(const View& x, const Unit& u, int64_t j) const {
+  FASTPE_INLINE const char* row_at(const View& x, const Unit& u, int64_t j) const {
     const Place a = place(u, j);
-    return reinterpret_cast<const U*>(static_cast<const char*>(x.p) + (a.b * x.sb + u.hk * x.sh + a.n * x.sn) * size);
+    return static_cast<const char*>(x.p) + (a.b * x.sb + u.hk * x.sh + a.n * x.sn) * size;
   }
-  // Storage is already the operand.
-  static constexpr DType kOwn = E::kPack == 2 ? DType::bf16 : sizeof(S) == 8 ? DType::f64 : DType::f32;
-  bool as_stored(const View& x, int64_t channels) const {
-    return p.dtype == kOwn && !d.list && channels % (L * E::kPack) == 0 && x.sn % E::kPack == 0;
+  // Keys as region x reads them.
+  const View& key_view(int x) const { return x && copies > 1 ? d.more[x - 1] : p.k; }
+  // The rows of a whole tile from entry x0 on, of which n exist.
+  void find_rows(const View& x, const Unit& u, int64_t x0, int64_t n, const char** rows) const {
+    if (u.list) {
+      for (int64_t y = 0; y < n; ++y) rows[y] = u.list[x0 + y] < 0 ? kNothing : row_at(x, u, u.list[x0 + y]);
+    } else {
+      for (int64_t c = 0; c < n; c += kChunk) {  // a chunk never crosses a page
+        const char* row = row_at(x, u, x0 + c);
+        for (int64_t y = c; y < c + kChunk && y < n; ++y, row += x.sn * size) rows[y] = row;
+      }
+    }
+    for (int64_t y = n; y < kKeys; ++y) rows[y] = kNothing;
   }
 
+  static constexpr DType kOwn = E::kPack == 2 ? DType::bf16 : sizeof(S) == 8 ? DType::f64 : DType::f32;
+  // Whether rows of so many channels are used where they lie: they are operands already, or become so in registers
+  // (for every four rows anew, hence a copy for more than eight).
+  bool as_stored(int64_t channels) const { return channels % (L * E::kPack) == 0 && (p.dtype == kOwn || R <= 8); }
+  // f(tag of the type that rows are stored in)
+  template <DType T> struct Stored { static constexpr DType type = T; };
+  template <class Fn>
+  FASTPE_INLINE void as_type(DType t, Fn&& f) const {
+    if constexpr (E::kPack == 1 && sizeof(S) == 4) {
+      if (t == DType::bf16) return f(Stored<DType::bf16>{});
+      if (t == DType::f16) return f(Stored<DType::f16>{});
+    }
+    f(Stored<kOwn>{});
+  }
+
+  // A chunk of rows, and how they are stored.
+  struct Rows16 {
+    const char* const* row;
+    DType type;
+  };
   // The keys [c, c + 16) of a tile, turned for region x.
-  Operand<U> keys_of(const Unit& u, const Tile& t, int64_t c, int x, Scratch& w) const {
-    if (!p.k_rope.cos && as_stored(p.k, p.D) && c + kChunk <= t.n) return {row_at(p.k, u, t.j0 + c), p.k.sn / E::kPack};
-    if (turns_whole() && c + kChunk <= t.n && !t.list) {
-      if constexpr (sizeof(S) == 8) turn_chunk<DType::f64>(u, t, c, x, w);
-      else if (p.dtype == DType::f32) turn_chunk<DType::f32>(u, t, c, x, w);
-      else if (p.dtype == DType::bf16) turn_chunk<DType::bf16>(u, t, c, x, w);
-      else turn_chunk<DType::f16>(u, t, c, x, w);
-      return {w.k, k_units};
+  Rows16 keys_of(const Unit& u, const Tile& t, int64_t c, int x, Scratch& w) const {
+    const char* const* stored = w.keys + (copies > 1 ? x : 0) * kKeys + c;
+    if (!p.k_rope.cos && as_stored(p.D)) return {stored, p.dtype};
+    if (turns_whole()) {
+      as_type(p.dtype, [&](auto type) { turn_chunk<decltype(type)::type>(u, t, c, x, stored, w); });
+      return {w.k_rows, kOwn};
     }
     const int64_t wide = k_units * E::kPack;
     for (int64_t y = 0; y < kChunk; ++y) {
@@ -512,15 +556,15 @@ struct Decode {
         std::memset(out, 0, size_t(k_units) * sizeof(U));
         continue;
       }
-      const Place a = place(u, j);
-      const int64_t turn = u.turn ? u.turn[t.x0 + c + y] : j;
-      load_row(w.row, p.k, p.dtype, a.b, u.hk, a.n, p.D);
+      load_row(w.row, View{const_cast<char*>(stored[y]), 0, 0, 0}, p.dtype, 0, 0, 0, p.D);
       for (int64_t e = p.D; e < wide; ++e) w.row[e] = 0;
-      if (p.k_rope.cos) rotate_row(w.row, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, false, u.b, u.hk, turn);
+      if (p.k_rope.cos) rotate_row(w.row, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, false, u.b, u.hk, turn_of(u, t, c + y, j));
       pack_row<E>(out, w.row, wide);
     }
-    return {w.k, k_units};
+    return {w.k_rows, kOwn};
   }
+  // The row of k_rope that turns entry x of a tile, key j.
+  static int64_t turn_of(const Unit& u, const Tile& t, int64_t x, int64_t j) { return u.turn ? u.turn[t.x0 + x] : j; }
 
   // The usual case in one pass over the row: pairs (j, j + J), whole operands.
   bool turns_whole() const {
@@ -557,37 +601,23 @@ struct Decode {
     else _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(__m512(x[1].v), __m512(x[0].v)));
 #endif
   }
-  // Chunk c of the tile, all of whose keys exist, turned by the table of region x.
+  // Chunk c of the tile turned by the table of region x. Rows that are not there are zeros, whichever way they turn.
   template <DType T>
-  void turn_chunk(const Unit& u, const Tile& t, int64_t c, int x, Scratch& w) const {
-    const int64_t j0 = t.j0 + c, j1 = j0 + kChunk;
+  void turn_chunk(const Unit& u, const Tile& t, int64_t c, int x, const char* const* rows, Scratch& w) const {
     const bool by_key = p.k_rope.sr && pos::region_by_key(p.region.kind);
-    const char* row = reinterpret_cast<const char*>(row_at(p.k, u, j0));
-    for (int64_t j = j0; j < j1;) {
-      // A run of keys that one table turns.
-      const int64_t end = by_key && j < p.region.size && p.region.size < j1 ? p.region.size : j1;
-      const Rope rope = key_rope<S>(p, x, j);
-      const S *cos = at<S>(rope.cos, u.b, u.hk, j), *sin = at<S>(rope.sin, u.b, u.hk, j);
-      for (; j < end; ++j, row += p.k.sn * size, cos += rope.cos.sn, sin += rope.sin.sn) load_turned<T>(w.k + (j - j0) * k_units, row, cos, sin);
+    const Rope one = region_rope<S>(p.k_rope, by_key ? 0 : x), other = by_key ? region_rope<S>(p.k_rope, 1) : one;
+    for (int64_t y = 0; y < kChunk; ++y) {
+      const int64_t j = c + y < t.n && t.key(c + y) >= 0 ? t.key(c + y) : -1;
+      const Rope& rope = by_key && j < p.region.size ? other : one;
+      const int64_t n = j < 0 ? 0 : turn_of(u, t, c + y, j);
+      load_turned<T>(w.k + y * k_units, rows[y], at<S>(rope.cos, u.b, u.hk, n), at<S>(rope.sin, u.b, u.hk, n));
     }
-  }
-
-  void fetch_listed(const View& x, const Unit& u, const Tile& t, int64_t c0, int64_t c1, int64_t channels) const {
-    for (int64_t y = c0; y < c1 && y < t.n; ++y) {
-      if (t.list[y] < 0) continue;
-      const char* row = reinterpret_cast<const char*>(row_at(x, u, t.list[y]));
-      for (int64_t e = 0; e < channels * size; e += 64) __builtin_prefetch(row + e, 0, 2);
-    }
-  }
-  // Rows j.. of keys or values, wanted soon.
-  Ahead ahead_of(const View& x, const Unit& u, int64_t j, int64_t channels) const {
-    return {reinterpret_cast<const char*>(row_at(x, u, j)), x.sn * size, 0, channels * size};
   }
 
   // ---- scores -----------------------------------------------------------------------------------------------------------
 
   void scores(const Unit& u, const Tile& t, uint64_t any, Scratch& w) const {
-    const bool turned_alike = !p.k_rope.sr || pos::region_by_key(p.region.kind);
+    const bool turned_alike = copies == 1 && (!p.k_rope.sr || pos::region_by_key(p.region.kind));
     uint64_t holds[kMaxRegions] = {any, any, any};  // keys some row sees in the region
     for (int x = 0; regions > 1 && x < int(regions); ++x) {
       const pos::Range r = pos::keys_of_region(p.region, x, u.offset, u.offset + p.Nq, t.j0, t.j0 + t.n);
@@ -595,17 +625,19 @@ struct Decode {
     }
     for (int64_t c = 0; c < t.n; c += kChunk) {
       if (!(any >> c & 0xffff)) continue;
-      Ahead ahead;  // the values that go with these keys
-      if (!d.list && c + kChunk <= t.n) ahead = ahead_of(p.v, u, t.j0 + c, p.Dv);
-      if (t.list) fetch_listed(p.k, u, t, c + kChunk, c + 2 * kChunk, p.D);
-      Operand<U> k;
+      Ahead ahead{w.values + c, 0, p.Dv * size};  // the values that go with these keys
+      Rows16 k{};
       bool loaded = false, first = true;
       for (int x = 0; x < int(regions); ++x) {
         if (!(holds[x] >> c & 0xffff)) continue;
         if (!loaded || !turned_alike) k = keys_of(u, t, c, x, w);
         loaded = true;
         S* out = (first ? w.s : w.other) + c;
-        by_rows<S>(R, [&](auto n, int64_t r) { dots<E, decltype(n)::value>(k, w.q + (x * R + r) * k_units, k_units, out + r * kKeys, kKeys, r == 0 ? ahead : Ahead{}); });
+        as_type(k.type, [&](auto type) {
+          by_rows<S>(R, [&](auto n, int64_t r) {
+            dots<E, decltype(type)::type, decltype(n)::value>(k.row, w.q + (x * R + r) * k_units, k_units, out + r * kKeys, kKeys, r == 0 ? ahead : Ahead{});
+          });
+        });
         ahead = {};
         if (!first)
           for (int64_t r = 0; r < R; ++r) {
@@ -657,8 +689,8 @@ struct Decode {
     }
     a.w0 = hb.w[j0];
     a.base = hb.base ? hb.base[j0 / kPrefixBlock] : 0;
-    if (t.next >= 0)
-      for (int64_t x = 0; x < kKeys; x += 64 / int64_t(sizeof(S))) __builtin_prefetch(hb.w + t.next + x, 0, 2);
+    if (!t.list && t.next > 0)
+      for (int64_t x = 0; x < t.next; x += 64 / int64_t(sizeof(S))) __builtin_prefetch(hb.w + t.j0 + kKeys + x, 0, 2);
     if (!t.list && t.n == kKeys)
       for (int64_t x = 0; x < kKeys; x += L) (V::load(hb.w + j0 + x) - V(a.w0)).store(w.y + x);
     else if (!t.list)
@@ -796,52 +828,44 @@ struct Decode {
   }
 
   void values(const Unit& u, const Tile& t, uint64_t any, Scratch& w) const {
-    Operand<U> v[kChunks];
     uint32_t live = 0;
-    const bool stored = as_stored(p.v, p.Dv);
+    for (int c = 0; c < kChunks; ++c)
+      if (any >> (c * kChunk) & 0xffff) live |= 1u << c;
     const int64_t wide = v_units * E::kPack;
-    for (int c = 0; c < kChunks; ++c) {
-      if (!(any >> (c * kChunk) & 0xffff)) continue;
-      live |= 1u << c;
-      if (stored && (c + 1) * kChunk <= t.n) {
-        v[c] = {row_at(p.v, u, t.j0 + c * kChunk), p.v.sn / E::kPack};
-        continue;
-      }
-      v[c] = {w.v + c * kChunk * v_units, v_units};
-      for (int64_t y = 0; y < kChunk; ++y) {
-        U* out = w.v + (c * kChunk + y) * v_units;
-        const int64_t j = c * kChunk + y < t.n ? t.key(c * kChunk + y) : -1;
-        if (j < 0) {
-          std::memset(out, 0, size_t(v_units) * sizeof(U));
-          continue;
-        }
-        const Place a = place(u, j);
-        load_row(w.row, p.v, p.dtype, a.b, u.hk, a.n, p.Dv);
+    const bool stored = as_stored(p.Dv);
+    if (!stored)
+      for (int64_t y = 0; y < kKeys; ++y) {
+        if (!(live >> (y / kChunk) & 1)) continue;
+        U* out = w.v + y * v_units;
+        w.v_rows[y] = reinterpret_cast<const char*>(out);
+        load_row(w.row, View{const_cast<char*>(w.values[y]), 0, 0, 0}, p.dtype, 0, 0, 0, p.Dv);
         for (int64_t e = p.Dv; e < wide; ++e) w.row[e] = 0;
         pack_row<E>(out, w.row, wide);
       }
-    }
+    const char* const* v = stored ? w.values : w.v_rows;
     // The keys of the next tile, a share of their lines for every block of channels of the first rows.
-    Ahead next[kChunks], none[kChunks];
-    if (t.next >= 0)
-      for (int c = 0; c < kChunks; ++c) next[c] = ahead_of(p.k, u, t.next + c * kChunk, p.D);
-    by_rows<S>(R, [&](auto n, int64_t r) {
-      constexpr int RB = decltype(n)::value;
-      const U* pt = w.pt + r * kUnits;
-      S* o = w.o + r * wide;
-      int64_t e = 0;  // vectors of the accumulator; a vector of bf16 operands makes two of them
-      const int64_t all = wide / L;
-      const auto share = [&](int64_t from, int64_t to) {
-        for (int c = 0; c < kChunks; ++c) {
-          next[c].first = p.D * size * from / all / 64 * 64;
-          next[c].last = p.D * size * to / all / 64 * 64;
-        }
-        return r == 0 ? next : none;
-      };
-      for (; e + 4 <= all; e += 4) weigh<E, RB, 4>(v, live, e * L / E::kPack, pt, o + e * L, wide, share(e, e + 4));
-      if (e + 2 <= all) { weigh<E, RB, 2>(v, live, e * L / E::kPack, pt, o + e * L, wide, share(e, e + 2)); e += 2; }
-      if constexpr (E::kPack == 1)
-        if (e < all) weigh<E, RB, 1>(v, live, e * L, pt, o + e * L, wide, share(e, all));
+    Ahead next;
+    if (t.next > 0) {
+      const int x = copies > 1 ? pos::region_of(p.region, u.offset, t.j0 + kKeys) : 0;
+      find_rows(key_view(x), u, t.x0 + kKeys, t.next, w.next);
+      next.row = w.next;
+    }
+    as_type(stored ? p.dtype : kOwn, [&](auto type) {
+      by_rows<S>(R, [&](auto n, int64_t r) {
+        constexpr int RB = decltype(n)::value;
+        constexpr DType T = decltype(type)::type;
+        const U* pt = w.pt + r * kUnits;
+        S* o = w.o + r * wide;
+        int64_t e = 0;  // vectors of the accumulator; a vector of bf16 operands makes two of them
+        const int64_t all = wide / L;
+        const auto share = [&](int64_t from, int64_t to) {
+          return r == 0 ? Ahead{next.row, p.D * size * from / all / 64 * 64, p.D * size * to / all / 64 * 64} : Ahead{};
+        };
+        for (; e + 4 <= all; e += 4) weigh<E, T, RB, 4>(v, live, e * L / E::kPack, pt, o + e * L, wide, share(e, e + 4));
+        if (e + 2 <= all) { weigh<E, T, RB, 2>(v, live, e * L / E::kPack, pt, o + e * L, wide, share(e, e + 2)); e += 2; }
+        if constexpr (E::kPack == 1)
+          if (e < all) weigh<E, T, RB, 1>(v, live, e * L, pt, o + e * L, wide, share(e, all));
+      });
     });
   }
 

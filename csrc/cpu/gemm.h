@@ -1,6 +1,6 @@
 // The one product of all kernels:  C[m][n] (+)= sum_k A[m][k] * B[k][n].
 //
-// A is row-major in operand units and enters by broadcast, B has its n axis in vector lanes. A unit is one scalar, or
+// A enters by broadcast in operand units, row-major or (At) with its rows m side by side, A[m][k] at a[k * lda + m]; B has its n axis in vector lanes. A unit is one scalar, or
 // for bf16 a pair of neighbours in k packed into 32 bits, so that one vdpbf16ps does two steps of k and the loop is
 // the same. The attention kernels keep queries (or channels) in the lanes, which leaves every softmax step vertical.
 #pragma once
@@ -45,7 +45,7 @@ struct OpBF16 {
 };
 #endif
 
-template <class E, int MR, int NV, bool Acc>
+template <class E, int MR, int NV, bool Acc, bool At>
 FASTPE_INLINE void micro(const typename E::U* a, int64_t lda, const typename E::U* b, int64_t ldb, typename E::S* c, int64_t ldc, int64_t K) {
   using V = Vec<typename E::S>;
   constexpr int L = V::kLanes;
@@ -60,7 +60,7 @@ FASTPE_INLINE void micro(const typename E::U* a, int64_t lda, const typename E::
     for (int n = 0; n < NV; ++n) bv[n] = E::load_b(b + k * ldb + n * L);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const typename E::BVec av = E::bcast(a + r * lda + k);
+      const typename E::BVec av = E::bcast(At ? a + k * lda + r : a + r * lda + k);
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) acc[r][n] = E::mac(acc[r][n], av, bv[n]);
     }
@@ -71,24 +71,25 @@ FASTPE_INLINE void micro(const typename E::U* a, int64_t lda, const typename E::
     for (int n = 0; n < NV; ++n) acc[r][n].store(c + r * ldc + n * L);
 }
 
-template <class E, int NV, bool Acc>
+template <class E, int NV, bool Acc, bool At>
 __attribute__((noinline)) void gemm_cols(const typename E::U* a, int64_t lda, const typename E::U* b, int64_t ldb, typename E::S* c, int64_t ldc, int64_t M, int64_t K) {
+  const int64_t step = At ? 1 : lda;
   int64_t m = 0;
-  for (; m + 6 <= M; m += 6) micro<E, 6, NV, Acc>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, K);
-  if (m + 4 <= M) { micro<E, 4, NV, Acc>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, K); m += 4; }
-  if (m + 2 <= M) { micro<E, 2, NV, Acc>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, K); m += 2; }
-  if (m < M) micro<E, 1, NV, Acc>(a + m * lda, lda, b, ldb, c + m * ldc, ldc, K);
+  for (; m + 6 <= M; m += 6) micro<E, 6, NV, Acc, At>(a + m * step, lda, b, ldb, c + m * ldc, ldc, K);
+  if (m + 4 <= M) { micro<E, 4, NV, Acc, At>(a + m * step, lda, b, ldb, c + m * ldc, ldc, K); m += 4; }
+  if (m + 2 <= M) { micro<E, 2, NV, Acc, At>(a + m * step, lda, b, ldb, c + m * ldc, ldc, K); m += 2; }
+  if (m < M) micro<E, 1, NV, Acc, At>(a + m * step, lda, b, ldb, c + m * ldc, ldc, K);
 }
 
 // N is a multiple of the vector length; K counts units.
-template <class E, bool Acc>
+template <class E, bool Acc, bool At = false>
 FASTPE_INLINE void gemm(const typename E::U* a, int64_t lda, const typename E::U* b, int64_t ldb, typename E::S* c, int64_t ldc, int64_t M, int64_t N, int64_t K) {
   constexpr int L = Vec<typename E::S>::kLanes;
   int64_t n = 0;
-  for (; n + kNV * L <= N; n += kNV * L) gemm_cols<E, kNV, Acc>(a, lda, b + n, ldb, c + n, ldc, M, K);
+  for (; n + kNV * L <= N; n += kNV * L) gemm_cols<E, kNV, Acc, At>(a, lda, b + n, ldb, c + n, ldc, M, K);
   if constexpr (kNV > 2)
-    if (n + 2 * L <= N) { gemm_cols<E, 2, Acc>(a, lda, b + n, ldb, c + n, ldc, M, K); n += 2 * L; }
-  if (n + L <= N) gemm_cols<E, 1, Acc>(a, lda, b + n, ldb, c + n, ldc, M, K);
+    if (n + 2 * L <= N) { gemm_cols<E, 2, Acc, At>(a, lda, b + n, ldb, c + n, ldc, M, K); n += 2 * L; }
+  if (n + L <= N) gemm_cols<E, 1, Acc, At>(a, lda, b + n, ldb, c + n, ldc, M, K);
 }
 
 }  // namespace

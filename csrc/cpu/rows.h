@@ -3,23 +3,31 @@
 
 #include <type_traits>
 
-#include "../core/params.h"
-#include "../pos/rotate.h"
 #include "gemm.h"
+#include "turn.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
 namespace {
+
+// A row is short: vectors in a loop take half the time of a call of memcpy.
+template <class S>
+FASTPE_INLINE void copy_row(S* __restrict y, const S* __restrict x, int64_t n) {
+  constexpr int L = Vec<S>::kLanes;
+  int64_t d = 0;
+  for (; d + L <= n; d += L) Vec<S>::load(x + d).store(y + d);
+  for (; d < n; ++d) y[d] = x[d];
+}
 
 template <class S>
 FASTPE_INLINE void load_row(S* __restrict y, const View& x, DType t, int64_t b, int64_t h, int64_t n, int64_t D) {
   const int64_t off = b * x.sb + h * x.sh + n * x.sn;
   if constexpr (sizeof(S) == 8) {
-    std::memcpy(y, static_cast<const double*>(x.p) + off, size_t(D) * 8);
+    copy_row(y, static_cast<const double*>(x.p) + off, D);
   } else {
     constexpr int L = VF::kLanes;
     const int64_t D0 = D / L * L;
     if (t == DType::f32) {
-      std::memcpy(y, static_cast<const float*>(x.p) + off, size_t(D) * 4);
+      copy_row(y, static_cast<const float*>(x.p) + off, D);
     } else if (t == DType::bf16) {
       const uint16_t* p = static_cast<const uint16_t*>(x.p) + off;
       for (int64_t d = 0; d < D0; d += L) load_bf16(p + d).store(y + d);
@@ -36,12 +44,12 @@ template <class S>
 FASTPE_INLINE void store_row(const S* __restrict y, const View& x, DType t, int64_t b, int64_t h, int64_t n, int64_t D) {
   const int64_t off = b * x.sb + h * x.sh + n * x.sn;
   if constexpr (sizeof(S) == 8) {
-    std::memcpy(static_cast<double*>(x.p) + off, y, size_t(D) * 8);
+    copy_row(static_cast<double*>(x.p) + off, y, D);
   } else {
     constexpr int L = VF::kLanes;
     const int64_t D0 = D / L * L;
     if (t == DType::f32) {
-      std::memcpy(static_cast<float*>(x.p) + off, y, size_t(D) * 4);
+      copy_row(static_cast<float*>(x.p) + off, y, D);
     } else if (t == DType::bf16) {
       uint16_t* p = static_cast<uint16_t*>(x.p) + off;
       for (int64_t d = 0; d < D0; d += L) store_bf16(p + d, VF::load(y + d));
@@ -61,13 +69,10 @@ FASTPE_INLINE void rotate_row(S* __restrict x, const Rope& rope, int64_t J, Rope
   const int64_t so = b * rope.sin.sb + h * rope.sin.sh + n * rope.sin.sn;
   const S* __restrict c = static_cast<const S*>(rope.cos.p) + co;
   const S* __restrict s = static_cast<const S*>(rope.sin.p) + so;
-  const S sign = inverse ? S(-1) : S(1);
-  if (layout == RopeLayout::half) {
-    S* __restrict y = x + J;
-    for (int64_t j = 0; j < J; ++j) pos::rotate_pair(x[j], y[j], c[j], sign * s[j]);
-  } else {
-    for (int64_t j = 0; j < J; ++j) pos::rotate_pair(x[2 * j], x[2 * j + 1], c[j], sign * s[j]);
-  }
+  using Plain = std::conditional_t<sizeof(S) == 8, F64, F32>;
+  const Vec<S> sign(inverse ? S(-1) : S(1));
+  if (layout == RopeLayout::half) rotate_row_to<Plain, RopeLayout::half, false>(x, x, c, s, sign, J);
+  else rotate_row_to<Plain, RopeLayout::interleaved, false>(x, x, c, s, sign, J);
 }
 
 template <class S>
@@ -87,29 +92,31 @@ FASTPE_INLINE S norm2(const S* x, int64_t n) {
 
 // y[c][r] = x[r][c] for R x C elements of 4 or 8 bytes. Whole blocks of L x L go through registers in log2 L rounds
 // of two-input shuffles, a quarter of the time of element-wise stores.
+template <class S, int Step>
+FASTPE_INLINE void transpose_round(typename Vec<S>::Raw* v) {
+  constexpr int L = Vec<S>::kLanes;
+  if constexpr (Step < L) {
+    using Raw = typename Vec<S>::Raw;
+    const auto lo = lanes_of<S>([](int l) { return l & Step ? L + l - Step : l; });
+    const auto hi = lanes_of<S>([](int l) { return l & Step ? L + l : l + Step; });
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) {
+      if (r & Step) continue;
+      const Raw a = v[r], b = v[r + Step];
+      v[r] = __builtin_shuffle(a, b, lo);
+      v[r + Step] = __builtin_shuffle(a, b, hi);
+    }
+    transpose_round<S, 2 * Step>(v);
+  }
+}
 template <class T, class S>
 FASTPE_INLINE void transpose_block(T* __restrict y, int64_t ldy, const T* __restrict x, int64_t ldx) {
   constexpr int L = Vec<S>::kLanes;
   using V = Vec<S>;
-  using I = typename V::RawInt;
   typename V::Raw v[L];
 #pragma GCC unroll 16
   for (int r = 0; r < L; ++r) v[r] = V::load(reinterpret_cast<const S*>(x + r * ldx)).v;
-#pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2) {
-    I lo, hi;
-    for (int l = 0; l < L; ++l) {
-      lo[l] = l & step ? L + l - step : l;
-      hi[l] = l & step ? L + l : l + step;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < L; ++r) {
-      if (r & step) continue;
-      const typename V::Raw a = v[r], b = v[r + step];
-      v[r] = __builtin_shuffle(a, b, lo);
-      v[r + step] = __builtin_shuffle(a, b, hi);
-    }
-  }
+  transpose_round<S, 1>(v);
 #pragma GCC unroll 16
   for (int r = 0; r < L; ++r) V(v[r]).store(reinterpret_cast<S*>(y + r * ldy));
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -73,9 +74,14 @@ struct Vec {
   FASTPE_INLINE void store(S* p) const { *reinterpret_cast<RawU*>(p) = v; }
   // 0, 1, 2, ...
   static FASTPE_INLINE Vec iota() {
-    Raw r;
-    for (int l = 0; l < kLanes; ++l) r[l] = S(l);
-    return Vec(r);
+    struct Table {
+      alignas(kVecBytes) S at[kLanes];
+      constexpr Table() : at{} {
+        for (int l = 0; l < kLanes; ++l) at[l] = S(l);
+      }
+    };
+    static constexpr Table table;
+    return load(table.at);
   }
   friend FASTPE_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
   friend FASTPE_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
@@ -83,6 +89,24 @@ struct Vec {
   friend FASTPE_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
   FASTPE_INLINE Vec operator-() const { return Vec(-v); }
 };
+
+// Lane numbers f(0), f(1), ... as a constant in memory: built element by element they became a chain of masked broadcasts, half
+// of the time of a transposition.
+template <class S, class F>
+FASTPE_INLINE typename Vec<S>::RawInt lanes_of(F) {
+  constexpr int L = Vec<S>::kLanes;
+  using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+  struct Table {
+    alignas(kVecBytes) Int at[L];
+    constexpr Table() : at{} {
+      for (int l = 0; l < L; ++l) at[l] = F{}(l);
+    }
+  };
+  static constexpr Table table;
+  typename Vec<S>::RawInt r;
+  std::memcpy(&r, table.at, sizeof(r));
+  return r;
+}
 
 // Lane masks: all bits of a lane set or clear.
 template <class S>
@@ -97,11 +121,22 @@ template <class S> FASTPE_INLINE Mask<S> operator>(Vec<S> a, Vec<S> b) { return 
 template <class S> FASTPE_INLINE Mask<S> operator>=(Vec<S> a, Vec<S> b) { return {a.v >= b.v}; }
 template <class S> FASTPE_INLINE Mask<S> operator==(Vec<S> a, Vec<S> b) { return {a.v == b.v}; }
 template <class S> FASTPE_INLINE Vec<S> select(Mask<S> m, Vec<S> a, Vec<S> b) { return Vec<S>(m.m ? a.v : b.v); }
-template <class S> FASTPE_INLINE bool any(Mask<S> m) {
-  bool r = false;
-  for (int l = 0; l < Vec<S>::kLanes; ++l) r |= m.m[l] != 0;
+// A bit for every lane that is set.
+template <class S> FASTPE_INLINE uint32_t bits(Mask<S> m) {
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(S) == 4) return _mm512_movepi32_mask((__m512i)m.m);
+  else return _mm512_movepi64_mask((__m512i)m.m);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) return uint32_t(_mm256_movemask_ps((__m256)m.m));
+  else return uint32_t(_mm256_movemask_pd((__m256d)m.m));
+#else
+  uint32_t r = 0;
+  for (int l = 0; l < Vec<S>::kLanes; ++l) r |= uint32_t(m.m[l] != 0) << l;
   return r;
+#endif
 }
+template <class S> FASTPE_INLINE bool any(Mask<S> m) { return bits(m) != 0; }
+template <class S> FASTPE_INLINE bool all(Mask<S> m) { return bits(m) == (uint32_t(1) << Vec<S>::kLanes) - 1; }
 
 using VF = Vec<float>;
 using VD = Vec<double>;
@@ -161,7 +196,7 @@ template <class S> FASTPE_INLINE S reduce_add(Vec<S> a) {
 #endif
 }
 
-// 2^x for x < 128, NaN for NaN, 0 for -inf. Below -126 the result may be a subnormal (AVX-512) or 0.
+// 2^x for x < 128, NaN for NaN, 0 for -inf. Below -126 the result is 0 where subnormals are flushed (subnormal.h).
 // Relative error 2e-7.
 FASTPE_INLINE VF exp2(VF x) {
 #if defined(__AVX512DQ__)
@@ -310,29 +345,59 @@ FASTPE_INLINE VF load_bf16(const uint16_t* p) {
   return VF(VF::Raw(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))));
 }
 FASTPE_INLINE VF load_f16(const uint16_t* p) { return VF(VF::Raw(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)))); }
+#if !defined(__AVX512BF16__)
+// The rounded number in the upper half of every lane: nearest, ties to even; NaN stays NaN.
+FASTPE_INLINE __m512i rounded_bf16(VF x) {
+  const __m512i u = _mm512_castps_si512(__m512(x.v));
+  const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1))));
+  const __mmask16 nan = _mm512_cmp_ps_mask(__m512(x.v), __m512(x.v), _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
+}
+// The upper halves of a, then those of b.
+FASTPE_INLINE __m512i upper_halves(__m512i a, __m512i b) {
+  alignas(64) static constexpr uint16_t kUpper[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(a, _mm512_load_si512(kUpper), b);
+}
+#endif
 FASTPE_INLINE __m256i to_bf16(VF x) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(__m512(x.v));
 #else
-  const __m512i u = _mm512_castps_si512(__m512(x.v));
-  const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1))));
-  const __mmask16 nan = _mm512_cmp_ps_mask(__m512(x.v), __m512(x.v), _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000)), 16));
+  const __m512i r = rounded_bf16(x);
+  return _mm512_castsi512_si256(upper_halves(r, r));
 #endif
 }
 FASTPE_INLINE void store_bf16(uint16_t* p, VF x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
+// x to p and y to q.
+FASTPE_INLINE void store_bf16_two(uint16_t* p, VF x, uint16_t* q, VF y) {
+#if defined(__AVX512BF16__)
+  const __m512i r = (__m512i)_mm512_cvtne2ps_pbh(__m512(y.v), __m512(x.v));
+#else
+  const __m512i r = upper_halves(rounded_bf16(x), rounded_bf16(y));
+#endif
+  _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(r));
+  _mm256_storeu_si256((__m256i*)q, _mm512_extracti64x4_epi64(r, 1));
+}
 FASTPE_INLINE void store_f16(uint16_t* p, VF x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(__m512(x.v), _MM_FROUND_TO_NEAREST_INT)); }
 #elif defined(__AVX2__)
 FASTPE_INLINE VF load_bf16(const uint16_t* p) {
   return VF(VF::Raw(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))));
 }
 FASTPE_INLINE VF load_f16(const uint16_t* p) { return VF(VF::Raw(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)))); }
-FASTPE_INLINE void store_bf16(uint16_t* p, VF x) { for (int l = 0; l < 8; ++l) p[l] = float_to_bf16(x.v[l]); }
+FASTPE_INLINE void store_bf16(uint16_t* p, VF x) {
+  const __m256i u = _mm256_castps_si256(__m256(x.v));
+  const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1))));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(__m256(x.v), __m256(x.v), _CMP_UNORD_Q));
+  const __m256i y = _mm256_srli_epi32(_mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan), 16);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+}
+FASTPE_INLINE void store_bf16_two(uint16_t* p, VF x, uint16_t* q, VF y) { store_bf16(p, x); store_bf16(q, y); }
 FASTPE_INLINE void store_f16(uint16_t* p, VF x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__m256(x.v), _MM_FROUND_TO_NEAREST_INT)); }
 #else
 FASTPE_INLINE VF load_bf16(const uint16_t* p) { VF x; for (int l = 0; l < VF::kLanes; ++l) x.v[l] = bf16_to_float(p[l]); return x; }
 FASTPE_INLINE VF load_f16(const uint16_t* p) { VF x; for (int l = 0; l < VF::kLanes; ++l) x.v[l] = f16_to_float(p[l]); return x; }
 FASTPE_INLINE void store_bf16(uint16_t* p, VF x) { for (int l = 0; l < VF::kLanes; ++l) p[l] = float_to_bf16(x.v[l]); }
+FASTPE_INLINE void store_bf16_two(uint16_t* p, VF x, uint16_t* q, VF y) { store_bf16(p, x); store_bf16(q, y); }
 FASTPE_INLINE void store_f16(uint16_t* p, VF x) { for (int l = 0; l < VF::kLanes; ++l) p[l] = float_to_f16(x.v[l]); }
 #endif
 

@@ -99,7 +99,7 @@ FASTPE_HD void cos_sin(Phase<float> a, float& c, float& s) {
 // (x, y) := (x c - y s, x s + y c), c and s with the amplitude in them. The inverse rotation takes -s.
 template <class V>
 FASTPE_HD void rotate_pair(V& x, V& y, V c, V s) {
-  const V r = fma(x, c, V(0) - y * s);
+  const V r = fma(-y, s, x * c);
   y = fma(x, s, y * c);
   x = r;
 }

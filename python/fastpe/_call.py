@@ -51,6 +51,14 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
+class TurnedCall(Call):
+    """A call whose keys are turned already: their positions are not asked for."""
+
+    def key_index(self) -> Tensor:
+        return torch.arange(0, device=self.device)
+
+
+@dataclasses.dataclass(frozen=True)
 class OpBias:
     """The bias arguments of torch.ops.fastpe.attn_fwd; csrc/core/params.h says what they mean."""
 
@@ -107,7 +115,7 @@ class RegionPlan:
     """What one call needs to know of a region (csrc/pos/region.h): the rule and the positions of every region.
 
     `query` holds one float64 array of positions a region, (Nq,) or (B, Nq); `key` the same for keys, or one array that
-    serves all regions. Logits are multiplied by `amplitude`, and row i by `row_factor`[i].
+    serves all regions; none where keys are turned already. Logits are multiplied by `amplitude`, and row i by `row_factor`[i].
     """
 
     kind: int

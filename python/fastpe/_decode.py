@@ -32,16 +32,28 @@ def no_gradient(where: str, instead: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(f"{where}: has no gradient; call it under torch.no_grad(), or {instead}")
 
 
+def _op_bias(call: Call, bias: Bias | None) -> OpBias:
+    return OpBias() if bias is None else bias.op_args(call)
+
+
+def takes(b: OpBias) -> bool:
+    """Whether attn_decode has the kernels of a bias."""
+    strips = (b.rows, b.cols, b.row_e, b.col_e)
+    return b.form in _FORMS and (b.table is None or (b.u is None and b.w is None)) and all(x is None for x in strips)
+
+
 def run(
     where: str, call: Call, query: Tensor, key: Tensor, value: Tensor, rotation, region, seen, *, bias=None, scale=None, head_scale=None, row_scale=None,
-    softcap=None, softcap_includes_bias=False, temperature=None, sink=None, return_lse=False, pages=None, lengths=None, index=None, turn=None,
+    softcap=None, softcap_includes_bias=False, temperature=None, sink=None, return_lse=False, pages=None, lengths=None, index=None, turn=None, more=(),
+    b=None,
 ):  # fmt: skip
-    """One call of torch.ops.fastpe.attn_decode. rotation: q table, k table, layout id; region: its plan or None."""
+    """One call of torch.ops.fastpe.attn_decode. rotation: q table, k table, layout id; region: its plan or None; more: keys
+    turned for the regions after the first, where keys are stored turned (the k table is None then); b: op arguments of the bias,
+    if they are known."""
     if isinstance(bias, Contextual):
         raise NotImplementedError(f"{where}: bias {type(bias).__name__} reads every earlier key; use fastpe.attention")
-    b = OpBias() if bias is None else bias.op_args(call)
-    taken = b.form in _FORMS and (b.table is None or (b.u is None and b.w is None))
-    if not taken or any(x is not None for x in (b.rows, b.cols, b.row_e, b.col_e)):
+    b = _op_bias(call, bias) if b is None else b
+    if not takes(b):
         raise NotImplementedError(
             f"{where}: bias {type(bias).__name__} does not go with lists and pages of keys; use fastpe.attention on contiguous keys"
         )
@@ -61,7 +73,7 @@ def run(
         if bias is not None and bias.shifts_rows:
             raise NotImplementedError(f"{where}: sink does not go with a bias without its row term, {type(bias).__name__}; use row_term=True")
         sink = _sink(call, sink)
-    no_gradient(where, "use fastpe.attention", query, key, value, rho, sink, b.params, b.gamma, b.u, b.w, b.table, b.omega, b.dense)
+    no_gradient(where, "use fastpe.attention", query, key, value, *rotation[:2], rho, sink, b.params, b.gamma, b.u, b.w, b.table, b.omega, b.dense)
     out, lse = torch.ops.fastpe.attn_decode(
         query, key, value, *rotation,
         b.form, b.params, b.gamma, b.u, b.w, b.base, b.table,
@@ -71,7 +83,7 @@ def run(
         b.factor, b.pairs, b.q_seg, b.k_seg,
         seen.intervals, seen.lower, seen.q_seg, seen.k_seg, seen.relation, seen.block_map, seen.block_q, seen.block_k,
         0 if region is None else region.kind, 1 if region is None else region.size,
-        b.row_q, b.row_e, b.col_k, b.col_e, pages, lengths, index, turn,
+        b.row_q, b.row_e, b.col_k, b.col_e, pages, lengths, index, turn, list(more),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -148,7 +160,15 @@ def gather_attention(
     call = Call(B, H, Nq, Nk, mask is not None and mask.is_causal, aux_dtype(query.dtype), query.device)
     seen = (Mask() if mask is None else mask).op_args(call)
     turn = None
-    if key_positions is None:
+    if key_positions is None and rope is not None and positions is None and index.numel() < Nk:
+        # Angles of the listed keys alone, an entry each; the last query tells the length, as among all keys.
+        turn = torch.arange(index.numel(), dtype=torch.int32, device=call.device).reshape(index.shape)
+        at = index.reshape(-1).clamp(min=0)
+        if rope.rotary_dim > D:
+            raise ValueError(f"{where}: rope turns {rope.rotary_dim} channels, query has {D}")
+        tables = rope.tables(call.query_index(), at, Nq, at.shape[0], B, H, Hk, out_dtype=call.dtype, device=call.device, where=where)
+        rotation = *tables, _LAYOUTS[rope.layout]
+    elif key_positions is None:
         rotation = _rotation(call, rope, positions, None if positions is None else call.key_index(), D, Hk)
     else:
         _check.is_tensor(where, "key_positions", key_positions)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _check
 
 Tensor = torch.Tensor
+
+# The last tables of default positions of every rope, and what they were made for.
+_KEPT: weakref.WeakKeyDictionary[Rope, tuple[tuple, tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
+_KEPT_BYTES = 2 << 20
 
 LAYOUTS = ("half", "interleaved", "cosine")
 PRECISIONS = ("exact", "float32")
@@ -221,11 +227,43 @@ class Rope:
         Returns:
             ``(2, B|1, H|1, q_len, J)`` and ``(2, B|1, Hk|1, k_len, J)``; [0] is cos, [1] is sin, amplitude included.
 
+        On a CPU the tables of tokens in a row are kept for the next call, the last one of a rope and up to 2 MiB: the layers
+        of a model share them.
+
         >>> import fastpe
         >>> q_table, k_table = fastpe.rope.default(8).tables(None, None, 2, 5, batch=1, heads=4, kv_heads=4)
         >>> q_table.shape, k_table.shape
         (torch.Size([2, 1, 1, 2, 4]), torch.Size([2, 1, 1, 5, 4]))
         """
+        keep = positions_q is None and positions_k is None and q_len == k_len and self._may_keep(q_len, out_dtype, device)
+        if not keep:
+            return self._kernel_tables(where, positions_q, positions_k, q_len, k_len, batch, heads, kv_heads, device, out_dtype)
+        # Version and address tell whether the frequencies were written to or replaced.
+        w = self.inv_freq
+        key = (q_len, heads, kv_heads, out_dtype, w.data_ptr(), w._version, torch.is_inference_mode_enabled())
+        kept = _KEPT.get(self)
+        if kept is None or kept[0] != key:
+            kept = key, self._kernel_tables(where, None, None, q_len, k_len, batch, heads, kv_heads, device, out_dtype)
+            _KEPT[self] = kept
+        return kept[1]
+
+    def _may_keep(self, n: int, out_dtype: torch.dtype, device) -> bool:
+        w = self.inv_freq
+        return (
+            type(self) is Rope  # rules of subclasses may depend on more than their fields
+            and not torch.compiler.is_compiling()
+            and type(w) in (Tensor, torch.nn.Parameter)
+            and not w.requires_grad
+            and not w.is_inference()  # has no version
+            and not isinstance(self.amplitude, Tensor)
+            and self.dims in ("", "h")
+            and w.device.type == "cpu"
+            and (device is None or torch.device(device).type == "cpu")
+            and _get_current_dispatch_mode() is None
+            and 2 * n * w.numel() * out_dtype.itemsize <= _KEPT_BYTES
+        )
+
+    def _kernel_tables(self, where, positions_q, positions_k, q_len, k_len, batch, heads, kv_heads, device, out_dtype):
         return self._both(
             where,
             _kernel_table(out_dtype),
@@ -295,16 +333,20 @@ class Rope:
         heads: int,
         out_dtype: torch.dtype,
         device: torch.device,
+        *,
+        kv_heads: int | None = None,
+        query: bool = True,
     ) -> Tensor:
-        """The table for a single tensor of ``n`` tokens: ``(2, B|1, H|1, n, J)``."""
+        """The table for a single tensor of ``n`` tokens, ``(2, B|1, H|1, n, J)``: queries, or keys, of `heads` query heads over
+        `kv_heads`."""
         p = self._positions(where, "positions", positions, n, batch, device)
         return self._table(
             _kernel_table(out_dtype),
             p,
             lambda: _length_of(p),
-            lambda w: self._rows(where, w, heads, heads, True),
+            lambda w: self._rows(where, w, heads, kv_heads or heads, query),
             out_dtype,
-            1,
+            1 if query else -1,
         )
 
     def _both(self, where, make, positions_q, positions_k, q_len, k_len, batch, heads, kv_heads, device, out_dtype):

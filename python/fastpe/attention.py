@@ -111,9 +111,7 @@ def attention(
         others = {"head_scale": head_scale, "row_scale": row_scale, "softcap": softcap, "temperature": temperature}
         out, lse = _contextual(ready.call, ready.query, ready.key, value, bias, ready.rotation, ready.seen, ready.scale, sink, others)
         return (out, lse) if return_lse else out
-    args, learned = _op_args(ready, bias, head_scale, temperature, sink, softcap_includes_bias)
-    # In 16 bits, gradients of parameters need what rounding took from out (csrc/core/params.h: residual).
-    out, lse, _ = torch.ops.fastpe.attn_fwd(ready.query, ready.key, value, *args, learned)
+    out, lse = _fwd(ready, value, bias, head_scale, temperature, sink, softcap_includes_bias)
     return (out, lse) if return_lse else out
 
 
@@ -195,6 +193,13 @@ def _op_args(r: _Ready, bias: Bias | None, head_scale, temperature, sink, softca
         b.row_q, b.row_e, b.col_k, b.col_e, rho, sink,
     )  # fmt: skip
     return args, torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
+
+
+def _fwd(ready: _Ready, value: Tensor, bias: Bias | None, head_scale, temperature, sink, softcap_includes_bias: bool) -> tuple[Tensor, Tensor]:
+    args, learned = _op_args(ready, bias, head_scale, temperature, sink, softcap_includes_bias)
+    # In 16 bits, gradients of parameters need what rounding took from out (csrc/core/params.h: residual).
+    out, lse, _ = torch.ops.fastpe.attn_fwd(ready.query, ready.key, value, *args, learned)
+    return out, lse
 
 
 def _contextual(call: Call, query, key, value, bias: Contextual, rotation, seen: OpMask, scale: float, sink, others):
@@ -323,7 +328,7 @@ def _plan(call: Call, region: Region, rope, bias, positions, key_positions) -> R
 
 
 def _region_rotation(call: Call, rope: Rope, region: Region, plan: RegionPlan, D: int, Hk: int):
-    """q tables of all regions one after the other, k tables (one or one a region), layout id."""
+    """q tables of all regions one after the other, k tables (one or one a region; None where keys are turned already), layout id."""
     if rope.rotary_dim > D:
         raise ValueError(f"{_WHERE}: rope turns {rope.rotary_dim} channels, query has {D}")
     rope = region.fit(rope, call)
@@ -332,6 +337,11 @@ def _region_rotation(call: Call, rope: Rope, region: Region, plan: RegionPlan, D
         sizes = query.shape[-1], key.shape[-1], call.B, call.H, Hk
         return rope.tables(query, key, *sizes, out_dtype=call.dtype, device=call.device)
 
+    if not plan.key:
+        at = torch.cat(torch.broadcast_tensors(*plan.query), -1)
+        table = rope.one_table(_WHERE, at, at.shape[-1], call.B, call.H, call.dtype, call.device, kv_heads=Hk)
+        table = table.unflatten(3, (len(plan.query), -1)).movedim(3, 0)
+        return table.flatten(0, 1).contiguous(), None, _LAYOUTS[rope.layout]
     if len(plan.key) == 1:
         first, k_rope = tables(plan.query[0], plan.key[0])
         # Asked for one set of positions on both sides, a rope forms its angles once.

@@ -7,25 +7,28 @@ import dataclasses
 import torch
 
 from . import _check
-from ._call import Call
-from ._decode import run
+from ._call import Call, TurnedCall
+from ._cope import Contextual
+from ._decode import run, takes
 from ._rope import Rope, XposRope
-from .attention import _check_kinds, _plan, _region_rotation, _rotation, attention
+from .attention import _LAYOUTS, _check_kinds, _check_qkv, _fwd, _plan, _ready, _region_rotation, _rotation, attention
 from .mask import Mask, causal
 from .ops import aux_dtype
 from .prefix import BLOCK, Prefix
+from .region import Region, at_index
 from .rotary import apply_rotary
 
 Tensor = torch.Tensor
 
 _WHERE = "fastpe.KVCache"
+_FEW = 8  # queries of a head up to which csrc/cpu/decode.cpp serves a call: tiles::kFewQueries
 
 
 @dataclasses.dataclass
 class _Pool:
     """Pages shared by a cache and its forks."""
 
-    key: Tensor  # (pages, Hk, page size, D)
+    keys: list[Tensor]  # copies of (pages, Hk, page size, D), see KVCache
     value: Tensor
     uses: list[int]  # how many sequences point at a page
 
@@ -43,8 +46,9 @@ class KVCache:
     """Keys and values of B sequences of one length, in one block of memory or in pages, and attention over them.
 
     Keys are kept raw by default, so that every rule of positions works on them: frequencies that depend on the length (dynamic NTK),
-    regions (Self-Extend, ReRoPE, dual chunk), positions after an eviction. `rotated=True` stores rotated keys, which decodes a little
-    faster where the rope never changes. Decoding token by token gives what one call over the whole sequence gives.
+    any region, positions counted anew after an eviction. `rotated=True` turns a key once, when it comes, instead of at every step:
+    for ropes whose frequencies never change, and regions that place a key by its index alone. Decoding token by token gives what
+    one call over the whole sequence gives.
 
     Args:
         batch: B, sequences.
@@ -52,7 +56,9 @@ class KVCache:
         channels: D; value_channels: Dv, default D.
         capacity: tokens a sequence may hold; with pages, tokens of all pages together (shared by forks).
         rope: rotary embedding of queries and keys.
-        rotated: store rotated keys.
+        region: which positions near and far keys are met at (`fastpe.region`), for every call of `attention` that names no other.
+        rotated: keep keys turned. Plain rotation, dual chunk, STRING, StreamingLLM and memory keys take the room of raw keys;
+            Self-Extend, ReRoPE, Leaky ReRoPE and WRoPE keep two copies of K, one turned for near and one for far.
         page_size: tokens of a page, a multiple of 16; None: one block of memory for each sequence. Pages are read in place.
         dtype: of keys and values, default float32. device: default CPU.
 
@@ -61,6 +67,11 @@ class KVCache:
         positions: (N,) or (B, N) int64, where the held tokens stand in the text; None after an eviction by head.
         prefix: `Prefix` of the increments given to append, for Cable and Forget; None without any.
         values_of: name -> (B, X, N), the per-token values given to append.
+
+    Raises:
+        TypeError, ValueError: named after the argument.
+        NotImplementedError: rotated with what turns a key by more than its index (dynamic NTK and other rules of the length, xPos,
+            HiRoPE, regions of your own).
 
     >>> import torch, fastpe
     >>> cache = fastpe.KVCache(1, 2, 16, capacity=64, rope=fastpe.rope.default(16))
@@ -83,6 +94,7 @@ class KVCache:
         *,
         capacity: int,
         rope: Rope | None = None,
+        region: Region | None = None,
         rotated: bool = False,
         page_size: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -95,27 +107,34 @@ class KVCache:
             raise TypeError(f"{_WHERE}: dtype must be float32, bfloat16, float16 or float64, got {_check.name(dtype)}")
         if rope is not None and not isinstance(rope, Rope):
             raise TypeError(f"{_WHERE}: rope must be a fastpe.rope object, got {type(rope).__name__}")
+        if region is not None:
+            if not isinstance(region, Region):
+                raise TypeError(f"{_WHERE}: region must be a fastpe.region object, got {type(region).__name__}")
+            if rope is None:
+                raise ValueError(f"{_WHERE}: region chooses positions for rope, which is None")
         if rotated and rope is None:
             raise ValueError(f"{_WHERE}: rotated keys need a rope")
         if rotated and (rope.at_length(1) is not rope or isinstance(rope, XposRope)):
             raise NotImplementedError(f"{_WHERE}: rope {rope.name} turns a key by more than its own position; keep raw keys")
         self.batch, self.heads, self.channels, self.value_channels = batch, heads, channels, value_channels
-        self.capacity, self.rope, self.rotated, self.page_size, self.dtype = capacity, rope, rotated, page_size, dtype
+        self.capacity, self.rope, self.region, self.rotated = capacity, rope, region, rotated
+        self.page_size, self.dtype = page_size, dtype
         self.length = 0
         self.positions: Tensor | None = torch.zeros(0, dtype=torch.int64, device=device)
         self.values_of: dict[str, Tensor] = {}
         self._local = self._base = None  # of the prefix, with room
         self._next = 0  # the position of the next token
+        copies = len(region.kept_keys(_WHERE, self.positions)) if rotated and region is not None else 1
         if page_size is None:
-            self._key = torch.empty(batch, heads, capacity, channels, dtype=dtype, device=device)
+            self._keys = [torch.empty(batch, heads, capacity, channels, dtype=dtype, device=device) for _ in range(copies)]
             self._value = torch.empty(batch, heads, capacity, value_channels, dtype=dtype, device=device)
             return
         _check.count(_WHERE, "page_size", page_size, 16)
         if page_size % 16 or capacity % page_size:
             raise ValueError(f"{_WHERE}: page_size must be a multiple of 16 that divides capacity {capacity}, got {page_size}")
         pages = capacity // page_size
-        key = torch.empty(pages, heads, page_size, channels, dtype=dtype, device=device)
-        self._pool = _Pool(key, torch.empty(pages, heads, page_size, value_channels, dtype=dtype, device=device), [0] * pages)
+        keys = [torch.empty(pages, heads, page_size, channels, dtype=dtype, device=device) for _ in range(copies)]
+        self._pool = _Pool(keys, torch.empty(pages, heads, page_size, value_channels, dtype=dtype, device=device), [0] * pages)
         self._pages: list[list[int]] = [[] for _ in range(batch)]
 
     def __repr__(self) -> str:
@@ -126,8 +145,8 @@ class KVCache:
 
     @property
     def key(self) -> Tensor:
-        """(B, Hk, N, D): a view of the block, or a copy out of the pages."""
-        return self._held(self._key) if self.page_size is None else self._collect(self._pool.key)
+        """(B, Hk, N, D): a view of the block, or a copy out of the pages. Rotated keys stand where near ones do."""
+        return self._held(self._keys[0]) if self.page_size is None else self._collect(self._pool.keys[0])
 
     @property
     def value(self) -> Tensor:
@@ -188,9 +207,7 @@ class KVCache:
             raise ValueError(f"{where}: values {sorted(values)} came, the cache keeps {sorted(self.values_of)}")
 
         new = torch.arange(self._next, self._next + M, device=key.device)
-        if self.rotated:
-            key = apply_rotary(key, self.rope, new)
-        self._write(key, value)
+        self._write(self._turned(key, new) if self.rotated else [key], value)
         if increments is not None:
             self._extend_prefix(increments)
         for name, x in values.items():
@@ -199,6 +216,16 @@ class KVCache:
             self.positions = torch.cat([self.positions, new.expand(*self.positions.shape[:-1], M)], -1)
         self.length += M
         self._next += M
+
+    def _turned(self, key: Tensor, index: Tensor) -> list[Tensor]:
+        """The copies of new keys that are kept."""
+        heads = self.rope.heads or self.heads  # frequencies may be those of query heads
+        sizes = index.shape[0], self.batch, heads, aux_dtype(key.dtype), key.device
+        tables = [
+            self.rope.one_table(_WHERE, at, *sizes, kv_heads=self.heads, query=False)
+            for at in (at_index(index) if self.region is None else self.region.kept_keys(_WHERE, index))
+        ]
+        return [torch.ops.fastpe.rotate(key, table, _LAYOUTS[self.rope.layout], False) for table in tables]
 
     def _check_new(self, where: str, key: Tensor, value: Tensor) -> int:
         for what, x, channels in (("key", key, self.channels), ("value", value, self.value_channels)):
@@ -238,17 +265,19 @@ class KVCache:
             need += sum(n - (self._pool.uses[page] == n) for page, n in writers.items())
         return need
 
-    def _write(self, key: Tensor, value: Tensor) -> None:
-        M = key.shape[2]
+    def _write(self, keys: list[Tensor], value: Tensor) -> None:
+        M = value.shape[2]
         if self.page_size is None:
-            self._key[:, :, self.length : self.length + M] = key
+            for held, key in zip(self._keys, keys, strict=True):
+                held[:, :, self.length : self.length + M] = key
             self._value[:, :, self.length : self.length + M] = value
             return
         pool, size = self._pool, self.page_size
         for b, row in enumerate(self._pages):
             if self.length % size and M and pool.uses[row[-1]] > 1:  # copy on write
                 own = pool.take()
-                pool.key[own], pool.value[own] = pool.key[row[-1]], pool.value[row[-1]]
+                for held in (*pool.keys, pool.value):
+                    held[own] = held[row[-1]]
                 pool.uses[row[-1]] -= 1
                 row[-1] = own
             done = 0
@@ -257,8 +286,8 @@ class KVCache:
                 if at == 0:
                     row.append(pool.take())
                 n = min(size - at, M - done)
-                pool.key[row[-1], :, at : at + n] = key[b, :, done : done + n]
-                pool.value[row[-1], :, at : at + n] = value[b, :, done : done + n]
+                for held, new in zip((*pool.keys, pool.value), (*keys, value), strict=True):
+                    held[row[-1], :, at : at + n] = new[b, :, done : done + n]
                 done += n
 
     def _extend_prefix(self, x: Tensor) -> None:
@@ -310,7 +339,7 @@ class KVCache:
 
         Raises:
             ValueError: an index outside the tokens held, or a shape that does not fit.
-            NotImplementedError: renumber with rotated keys.
+            NotImplementedError: renumber with rotated keys; keys kept turned for a region, which counts them from 0.
         """
         where = f"{_WHERE}.evict"
         _check.is_integer(where, "keep", keep)
@@ -320,6 +349,8 @@ class KVCache:
             raise ValueError(f"{where}: keep must be (n,), ({self.batch}, n) or ({self.batch}, {self.heads}, n), got {_check.shape(keep)}")
         if keep.numel() and not 0 <= int(keep.min()) <= int(keep.max()) < self.length:
             raise ValueError(f"{where}: keep must lie in [0, {self.length}), got {int(keep.min())} to {int(keep.max())}")
+        if self.rotated and self.region is not None:
+            raise NotImplementedError(f"{where}: keys are kept turned for region {self.region!r}, which counts them from 0; keep raw keys and renumber")
         if renumber and self.rotated:
             raise NotImplementedError(f"{where}: renumber does not go with rotated keys; keep raw keys")
         if keep.dim() == 3 and (self._local is not None or self.values_of):
@@ -348,7 +379,7 @@ class KVCache:
                 self._drop(row)
                 row.clear()
         self.length = 0
-        self._write(key, value)
+        self._write([key], value)
         self.length = n
         if prefix is not None and n:
             # Any anchor near the values serves: the first of each block.
@@ -370,7 +401,7 @@ class KVCache:
             raise ValueError(f"{where}: index must hold {self.batch} numbers in [0, {self.batch}), got {index.tolist()}")
         index = index.long()
         if self.page_size is None:
-            for x in (self._key, self._value):
+            for x in (*self._keys, self._value):
                 x[:, :, : self.length] = x[:, :, : self.length][index]
         else:
             rows = [list(self._pages[b]) for b in index.tolist()]
@@ -410,7 +441,7 @@ class KVCache:
         if self.positions is not None and self.positions.dim() == 2:
             new.positions = self.positions[index]
         if self.page_size is None:
-            new._key, new._value = self._key[index], self._value[index]
+            new._keys, new._value = [x[index] for x in self._keys], self._value[index]
         else:
             new._pages = [list(self._pages[b]) for b in index.tolist()]
             self._share(new._pages)
@@ -434,17 +465,19 @@ class KVCache:
     def attention(self, query: Tensor, *, region=None, mask: Mask | None = None, bias=None, is_causal: bool = True, return_lse: bool = False, **score):
         """`fastpe.attention` of new queries over the tokens held; the last query stands at the last token.
 
-        Append the new tokens first. The rope is the cache's, raw keys are turned as they are read, and pages are read in place.
+        Append the new tokens first. The rope is the cache's, raw keys are turned as they are read, turned ones are read as they are,
+        and pages are read in place.
 
         Args:
             query: (B, H, Nq, D), un-rotated.
-            region, mask, bias, return_lse: as in `fastpe.attention`. Cumulative biases read this cache: `fastpe.bias.Cable(cache.prefix)`.
+            region: as in `fastpe.attention`; default the cache's.
+            mask, bias, return_lse: as in `fastpe.attention`. Cumulative biases read this cache: `fastpe.bias.Cable(cache.prefix)`.
             is_causal: default True, which matters for more than one query.
             score: scale, head_scale, row_scale, softcap, softcap_includes_bias, temperature, sink.
 
         Raises:
-            NotImplementedError: what pages or rotated keys do not take (regions with rotated keys; row, column and FIRE biases
-                with pages).
+            NotImplementedError: what pages or rotated keys do not take (row, column and FIRE biases with pages; a region that
+                keys are not kept turned for).
         """
         where = f"{_WHERE}.attention"
         _check.is_float(where, "query", query)
@@ -459,10 +492,13 @@ class KVCache:
             # The last tokens are those of the queries, whatever was evicted before them.
             own = torch.arange(self._next - Nq, self._next, device=query.device)
             keys = self.positions
-        if rope is not None and region is not None and self.rotated:
-            raise NotImplementedError(f"{where}: region chooses positions when it reads the keys; keep raw keys")
+        region = self.region if region is None else region
+        if region is not None and not isinstance(region, Region):
+            raise TypeError(f"{where}: region must be a fastpe.region object, got {type(region).__name__}")
         if region is not None and not plain:
             raise NotImplementedError(f"{where}: region counts keys from 0 and does not go with evicted tokens; use evict(..., renumber=True)")
+        if region is not None and self.rotated:
+            return self._attention_turned(where, query, region, mask, bias, is_causal, return_lse, score)
         if self.rotated:
             query, rope, own, keys = apply_rotary(query, rope, own), None, None, None
         elif own is not None and keys is None:
@@ -473,10 +509,7 @@ class KVCache:
                 is_causal=is_causal, return_lse=return_lse, **score,
             )  # fmt: skip
         _check_kinds(rope, bias, mask, region, is_causal, return_lse, score.get("softcap_includes_bias", False))
-        if query.dtype != self.dtype:
-            raise TypeError(f"{where}: query is {_check.name(query.dtype)}, the cache holds {_check.name(self.dtype)}")
-        if query.shape[1] % self.heads:
-            raise ValueError(f"{where}: key has {self.heads} heads, which does not divide query's {query.shape[1]}")
+        self._check_query(where, query)
         if is_causal:
             mask = causal() if mask is None else mask & causal()
         H, D = query.shape[1], self.channels
@@ -487,6 +520,67 @@ class KVCache:
         else:
             rotation = _region_rotation(call, rope, region, plan, D, self.heads)
         return run(
-            where, call, query, self._pool.key, self._pool.value, rotation, plan, (Mask() if mask is None else mask).op_args(call), bias=bias,
-            return_lse=return_lse, pages=self.pages, lengths=torch.full((self.batch,), self.length, dtype=torch.int32), **score,
+            where, call, query, self._pool.keys[0], self._pool.value, rotation, plan, (Mask() if mask is None else mask).op_args(call), bias=bias,
+            return_lse=return_lse, **self._in_pages(), **score,
         )  # fmt: skip
+
+    def _in_pages(self) -> dict[str, Tensor]:
+        return {"pages": self.pages, "lengths": torch.full((self.batch,), self.length, dtype=torch.int32)}
+
+    def _attention_turned(self, where, query, region, mask, bias, is_causal, return_lse, score):
+        """Over keys kept turned for `region`."""
+        kept = at_index if self.region is None else self.region.keys
+        if region is not self.region and region.keys is not kept:
+            turned = "plain rotation" if self.region is None else f"region {self.region!r}"
+            raise NotImplementedError(f"{where}: keys are kept turned for {turned}, and region {region!r} meets them elsewhere; keep raw keys")
+        _check_kinds(self.rope, bias, mask, region, is_causal, return_lse, score.get("softcap_includes_bias", False))
+        paged = self.page_size is not None
+        keys, value = (self._pool.keys, self._pool.value) if paged else ([self._held(x) for x in self._keys], self._held(self._value))
+        B, Hk, Nq, D = self.batch, self.heads, query.shape[2], self.channels
+        if paged:
+            self._check_query(where, query)
+        else:
+            _check_qkv(query, keys[0], value)
+        seen = mask
+        if is_causal:
+            seen = causal() if mask is None else mask & causal()
+        call = Call(B, query.shape[1], Nq, self.length, seen is not None and seen.is_causal, aux_dtype(query.dtype), query.device)
+        b = None if bias is None or isinstance(bias, Contextual) else bias.op_args(call)
+        tensors = (query, *score.values(), *(() if b is None else vars(b).values()))
+        learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+        if paged or (query.device.type == "cpu" and Nq <= _FEW and not learns and (b is None or takes(b))):
+            plan = _plan(TurnedCall(**vars(call)), region, self.rope, bias, None, None)
+            rotation = _region_rotation(call, self.rope, region, plan, D, Hk)
+            return run(
+                where, call, query, keys[0], value, rotation, plan, (Mask() if seen is None else seen).op_args(call), bias=bias, b=b,
+                return_lse=return_lse, more=keys[1:], **(self._in_pages() if paged else {}), **score,
+            )  # fmt: skip
+        # Kernels for many queries turn keys in their tiles: from where the first copy stands on.
+        given = {"scale": None, "row_scale": None, "softcap": None, "softcap_includes_bias": False} | score
+        rest = {what: given.pop(what, None) for what in ("head_scale", "temperature", "sink")}
+        ready = _ready(
+            query, keys[0], D, rope=self.rope, bias=bias, mask=mask, region=region, positions=None, key_positions=None,
+            is_causal=is_causal, **given,
+        )  # fmt: skip
+        q_rope, k_rope, layout = ready.rotation
+        ready = dataclasses.replace(ready, rotation=(q_rope, _onward(k_rope, len(keys)), layout))
+        out, lse = _fwd(ready, value, bias, rest["head_scale"], rest["temperature"], rest["sink"], given["softcap_includes_bias"])
+        return (out, lse) if return_lse else out
+
+    def _check_query(self, where: str, query: Tensor) -> None:
+        if query.dtype != self.dtype:
+            raise TypeError(f"{where}: query is {_check.name(query.dtype)}, the cache holds {_check.name(self.dtype)}")
+        if query.shape[1] % self.heads:
+            raise ValueError(f"{where}: key has {self.heads} heads, which does not divide query's {query.shape[1]}")
+
+
+def _onward(table: Tensor, copies: int) -> Tensor:
+    """Tables (2 R, B|1, Hk|1, N, J) that turn keys which stand where the first of the copies does: to the place of each, or,
+    where one copy serves all regions, not at all."""
+    if copies == 1:
+        still = table.new_tensor([1.0, 0.0]).reshape(2, 1, 1, 1, 1).repeat(1, 1, 1, 1, table.shape[4])
+        return still.expand(-1, -1, -1, table.shape[3], -1)
+    cos, sin = table[0::2].double(), table[1::2].double()
+    norm = cos[:1].square() + sin[:1].square()
+    onward = (cos * cos[:1] + sin * sin[:1]) / norm, (sin * cos[:1] - cos * sin[:1]) / norm
+    return torch.stack(onward, 1).flatten(0, 1).to(table.dtype)

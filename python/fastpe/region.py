@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import _check
-from ._call import Call, RegionPlan
+from ._call import Call, RegionPlan, TurnedCall
 from ._rope import Rope, XposRope
 from .positions import hirope_regions, self_extend_shift
 
@@ -54,6 +54,8 @@ class Region:
         name, facts: what `repr` shows.
         amplitude: factor of all logits that depends on nothing.
         axes: numbers that say where a token is; the rope must have as many.
+        keys: indices of keys -> their positions, one tensor for all regions or one a region; None: they depend on more than the
+            index, and a cache cannot keep keys turned.
 
     >>> import torch, fastpe
     >>> q = torch.randn(1, 2, 40, 16)
@@ -69,6 +71,7 @@ class Region:
     facts: str = ""
     amplitude: float = 1.0
     axes: int = 1
+    keys: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     def __post_init__(self):
         where = f"fastpe.region.{self.name}"
@@ -83,6 +86,20 @@ class Region:
     def regions(self) -> int:
         """How many regions the rule has."""
         return KINDS[self.kind][1]
+
+    def kept_keys(self, where: str, index: Tensor) -> tuple[Tensor, ...]:
+        """Positions of the keys of these indices, one tensor for each copy that a cache of turned keys holds.
+
+        Raises:
+            NotImplementedError: they depend on more than the index.
+        """
+        if self.keys is None:
+            raise NotImplementedError(f"{where}: region {self.name} places a key by more than its index; keep raw keys")
+        positions = self.keys(index)
+        if len(positions) == 1 or self.kind != "key_set":
+            return positions
+        near, behind = positions  # the key alone decides which of them it takes
+        return (torch.where(index >= self.size, near, behind),)
 
     def plan(self, call: Call) -> RegionPlan:
         """The kernel's view of one call.
@@ -105,7 +122,7 @@ class Region:
             return made[id(x)]
 
         query = tuple(checked("query positions", x, call.Nq) for x in query)
-        key = tuple(checked("key positions", x, call.Nk) for x in key)
+        key = () if isinstance(call, TurnedCall) else tuple(checked("key positions", x, call.Nk) for x in key)
         if factor is not None:
             factor = factor.to(call.dtype).expand(call.Nq)
         return RegionPlan(KINDS[self.kind][0], self.size, query, key, self.amplitude, factor)
@@ -169,6 +186,11 @@ def _places(call: Call) -> tuple[Tensor, Tensor]:
     return i, (i if call.Nq == call.Nk else call.key_index())
 
 
+def at_index(j: Tensor) -> tuple[Tensor]:
+    """Keys at their own indices in every region, as in plain rotation."""
+    return (j,)
+
+
 def _floor(x: Tensor, by: int) -> Tensor:
     return torch.div(x, by, rounding_mode="floor")
 
@@ -226,13 +248,16 @@ def self_extend(window: int = 1024, group: int = 8, *, shift: str = "floor", sca
     _check_log_base(where, "scale_base", scale_base)
     move = self_extend_shift(where, window, group, shift)
 
+    def keys(j: Tensor) -> tuple[Tensor, Tensor]:
+        return j, _grouped(j, group)
+
     def rule(call: Call) -> Positions:
         i, j = _places(call)
         # Where every pair is near the release leaves the shift out; no far position is read then.
-        return (i, _grouped(i, group) + move), (j, _grouped(j, group)), _log_n(call, scale_base)
+        return (i, _grouped(i, group) + move), keys(j), _log_n(call, scale_base)
 
     facts = f"window={window}, group={group}, shift={shift!r}" + ("" if scale_base is None else f", scale_base={scale_base:g}")
-    return Region("distance", window, rule, "self_extend", facts)
+    return Region("distance", window, rule, "self_extend", facts, keys=keys)
 
 
 def self_extend_bidirectional(
@@ -296,13 +321,17 @@ def rerope(window: int = 512, train_length: float | None = 4096) -> Region:
     _count(where, window=(window, 1))
     _check_log_base(where, "train_length", train_length)
     facts = f"window={window}, train_length={train_length}"
-    return Region("distance", window, _constant_far(window, window, train_length), "rerope", facts)
+    return Region("distance", window, _constant_far(window, window, train_length), "rerope", facts, keys=_unturned_far)
+
+
+def _unturned_far(j: Tensor) -> tuple[Tensor, Tensor]:
+    return j, torch.zeros_like(j)
 
 
 def _constant_far(window: int, far: float, train_length: float | None) -> Callable[[Call], Positions]:
     def rule(call: Call) -> Positions:
         i, j = _places(call)
-        return (i, torch.full_like(i, far, dtype=torch.float64)), (j, torch.zeros_like(j)), _log_n(call, train_length)
+        return (i, torch.full_like(i, far, dtype=torch.float64)), _unturned_far(j), _log_n(call, train_length)
 
     return rule
 
@@ -330,12 +359,15 @@ def leaky_rerope(window: int = 512, factor: float = 16.0, train_length: float | 
     factor = _check.number(where, "factor", factor, positive=True)
     _check_log_base(where, "train_length", train_length)
 
+    def keys(j: Tensor) -> tuple[Tensor, Tensor]:
+        return j, j.double() / factor
+
     def rule(call: Call) -> Positions:
         i, j = _places(call)
-        return (i, (i.double() + window * (factor - 1)) / factor), (j, j.double() / factor), _log_n(call, train_length)
+        return (i, (i.double() + window * (factor - 1)) / factor), keys(j), _log_n(call, train_length)
 
     facts = f"window={window}, factor={factor:g}, train_length={train_length}"
-    return Region("distance", window, rule, "leaky_rerope", facts)
+    return Region("distance", window, rule, "leaky_rerope", facts, keys=keys)
 
 
 def dual_chunk(
@@ -376,19 +408,23 @@ def dual_chunk(
         _count(where, original_length=(original_length, 1))
     c = chunk_size - local_window
 
+    def keys(j: Tensor) -> tuple[Tensor]:
+        return (torch.remainder(j, c),)
+
     def rule(call: Call) -> Positions:
         i, j = _places(call)
-        i, j = (torch.remainder(i, c),) * 2 if j is i else (torch.remainder(i, c), torch.remainder(j, c))
+        key = keys(j)
+        i = key[0] if j is i else torch.remainder(i, c)
         factor = None
         if original_length is not None:
             over = (_length(call) / original_length).log().clamp(min=0)
             factor = (1 + slopes[mscale] * over).square().reshape(1)
-        return (i, (i + c).clamp(max=chunk_size), torch.full_like(i, min(2 * c - 1, chunk_size))), (j,), factor
+        return (i, (i + c).clamp(max=chunk_size), torch.full_like(i, min(2 * c - 1, chunk_size))), key, factor
 
     facts = f"chunk_size={chunk_size}, local_window={local_window}"
     if original_length is not None:
         facts += f", original_length={original_length}, mscale={mscale!r}"
-    return Region("chunk", c, rule, "dual_chunk", facts)
+    return Region("chunk", c, rule, "dual_chunk", facts, keys=keys)
 
 
 def string(shift: int, window: int = 128, attention_factor: float = 0.1 * math.log(2) + 1) -> Region:
@@ -418,10 +454,10 @@ def string(shift: int, window: int = 128, attention_factor: float = 0.1 * math.l
 
     def rule(call: Call) -> Positions:
         i, j = _places(call)
-        return (i, i - shift + window), (j,), None
+        return (i, i - shift + window), at_index(j), None
 
     facts = f"shift={shift}, window={window}, attention_factor={attention_factor:g}"
-    return Region("distance", shift, rule, "string", facts, attention_factor**2)
+    return Region("distance", shift, rule, "string", facts, attention_factor**2, keys=at_index)
 
 
 def wrope(window: int = 64, far: float = 2048.0) -> Region:
@@ -441,7 +477,7 @@ def wrope(window: int = 64, far: float = 2048.0) -> Region:
     where = "fastpe.region.wrope"
     _count(where, window=(window, 1))
     far = _check.number(where, "far", far)
-    return Region("distance", window, _constant_far(window, far, None), "wrope", f"window={window}, far={far:g}")
+    return Region("distance", window, _constant_far(window, far, None), "wrope", f"window={window}, far={far:g}", keys=_unturned_far)
 
 
 def streaming(start: int = 4, recent: int = 2000) -> Region:
@@ -470,9 +506,9 @@ def streaming(start: int = 4, recent: int = 2000) -> Region:
 
     def rule(call: Call) -> Positions:
         i = call.query_index()
-        return (i, i.clamp(max=start + recent)), (call.key_index(),), None
+        return (i, i.clamp(max=start + recent)), at_index(call.key_index()), None
 
-    return Region("key_set", start, rule, "streaming", f"start={start}, recent={recent}")
+    return Region("key_set", start, rule, "streaming", f"start={start}, recent={recent}", keys=at_index)
 
 
 def key_set(keys: int, memory: str | Tensor = "zero", *, first: float = 0.0) -> Region:
@@ -517,22 +553,25 @@ def key_set(keys: int, memory: str | Tensor = "zero", *, first: float = 0.0) -> 
         if memory.dim() not in (1, 2) or memory.shape[-1] != keys:
             raise ValueError(f"{where}: memory must be (M,) or (B, M) with M = {keys}, got {_check.shape(memory)}")
 
+    def near(j: Tensor) -> Tensor:
+        return j.double() - keys + first
+
+    def by_index(j: Tensor) -> tuple[Tensor, Tensor]:
+        return near(j), torch.zeros_like(j) if memory == "zero" else j
+
     def rule(call: Call) -> Positions:
         if call.Nk < keys:
             raise ValueError(f"{where}: {keys} memory keys, the call has {call.Nk} keys")
         local = call.query_index().double() - keys + first
-        j = call.key_index().double()
-        near = j - keys + first
+        j = call.key_index()
         if isinstance(memory, Tensor):
             _check.on_device(where, "memory", memory, call.device)
-            behind = torch.nn.functional.pad(memory.double(), (0, call.Nk - keys))
-        else:
-            behind = torch.zeros_like(j) if memory == "zero" else j
-        return (local, local), (near, behind), None
+            return (local, local), (near(j), torch.nn.functional.pad(memory.double(), (0, call.Nk - keys))), None
+        return (local, local), by_index(j), None
 
     how = repr(memory) if isinstance(memory, str) else f"tensor{tuple(memory.shape)}"
     facts = f"keys={keys}, memory={how}" + (f", first={first:g}" if first and memory != "continual" else "")
-    return Region("key_set", keys, rule, "key_set", facts)
+    return Region("key_set", keys, rule, "key_set", facts, keys=None if isinstance(memory, Tensor) else by_index)
 
 
 def hirope(segments: Tensor, window: int = 512) -> Region:

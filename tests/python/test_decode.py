@@ -194,6 +194,188 @@ def test_rotated_keys_and_dynamic_frequencies(page_size):
         fastpe.KVCache(B, HK, D, capacity=room, rope=dynamic, rotated=True)
 
 
+# ---- keys kept turned ------------------------------------------------------------------------------------------------
+
+TURNED = {
+    "self-extend": lambda: fastpe.region.self_extend(64, 4),
+    "self-extend, true shift, log": lambda: fastpe.region.self_extend(64, 5, shift="true", scale_base=100),
+    "rerope": lambda: fastpe.region.rerope(50, 100),
+    "leaky rerope": lambda: fastpe.region.leaky_rerope(50, 8.0, None),
+    "dual chunk": lambda: fastpe.region.dual_chunk(96, 16, original_length=4096),
+    "string": lambda: fastpe.region.string(100, 16),
+    "wrope": lambda: fastpe.region.wrope(30, 100.0),
+    "streaming": lambda: fastpe.region.streaming(4, 60),
+    "memory": lambda: fastpe.region.key_set(40, first=1),
+    "memory, continual": lambda: fastpe.region.key_set(40, "continual"),
+}
+TWO_COPIES = ("self-extend", "self-extend, true shift, log", "rerope", "leaky rerope", "wrope")
+
+
+def turned(name, rope=None, page_size=None, batch=B, dtype=torch.float32, **kw):
+    rope = fastpe.rope.default(D) if rope is None else rope
+    capacity = N if page_size is None else 1280
+    return fastpe.KVCache(batch, HK, D, capacity=capacity, rope=rope, region=TURNED[name](), rotated=True, page_size=page_size, dtype=dtype, **kw)
+
+
+@pytest.mark.parametrize("page_size", (None, 32))
+@pytest.mark.parametrize("name", TURNED)
+def test_turned_keys_decode_as_one_call(name, page_size, isa):
+    cache = turned(name, page_size=page_size)
+    assert len(cache._keys if page_size is None else cache._pool.keys) == 1 + (name in TWO_COPIES)
+    q, k, v = draw(N, N)
+    got = stepwise(cache, q, k, v, portions(N))
+    close((got,), (fastpe.reference.attention(q, k, v, rope=cache.rope, region=cache.region, is_causal=True),), 3e-5)
+
+
+@pytest.mark.parametrize("name", ("self-extend", "dual chunk", "leaky rerope"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+def test_turned_keys_in_every_type(name, dtype):
+    """A prompt, then steps, against eager attention of the same type where that is coarse."""
+    cache = turned(name, dtype=dtype)
+    q, k, v = draw(N, N, dtype)
+    got = stepwise(cache, q, k, v, portions(N))
+    close((got,), (fastpe.reference.attention(q, k, v, rope=cache.rope, region=cache.region, is_causal=True),), DTYPES[dtype])
+
+
+@pytest.mark.parametrize(
+    "rope",
+    (
+        fastpe.rope.default(16, layout="interleaved"),
+        fastpe.rope.default(D).replace(amplitude=1.3),
+        fastpe.rope.default(D, precision="float32"),
+        fastpe.Rope(torch.rand(H, D // 2, dtype=torch.float64), "h"),
+        fastpe.Rope(torch.rand(HK, D // 2, dtype=torch.float64), "h"),
+    ),
+    ids=("partial interleaved", "amplitude", "float32 product", "by query head", "by key head"),
+)
+@pytest.mark.parametrize("name", ("self-extend", "dual chunk"))
+def test_turned_keys_of_any_fixed_rope(name, rope):
+    cache = turned(name, rope)
+    q, k, v = draw(N, N)
+    got = stepwise(cache, q, k, v, portions(N))
+    close((got,), (fastpe.reference.attention(q, k, v, rope=rope, region=cache.region, is_causal=True),), 3e-5)
+
+
+@pytest.mark.parametrize("name", ("self-extend", "dual chunk"))
+def test_turned_keys_go_with_biases_masks_and_scores(name):
+    q, k, v = draw(N, N)
+    cache = turned(name)
+    cache.append(k, v)
+    for Nq in (1, 20):
+        kinds = {
+            "fire": {"bias": fastpe.bias.Fire(torch.randn(8), torch.randn(8), torch.randn(H, 8), torch.randn(H), c=torch.tensor(0.1), L=64.0)},
+            "t5": {"bias": fastpe.bias.T5(torch.randn(32, H))},
+            "window": {"mask": fastpe.mask.window(90)},
+            "scores": {"softcap": 5.0, "sink": torch.randn(H), "row_scale": torch.rand(B, H, Nq) + 0.5, "temperature": 1.5, "head_scale": torch.rand(H), "scale": 0.3},
+        }
+        for kw in kinds.values():
+            got = cache.attention(q[:, :, -Nq:], return_lse=True, **kw)
+            want = fastpe.reference.attention(q[:, :, -Nq:], k, v, rope=cache.rope, region=cache.region, is_causal=True, return_lse=True, **kw)
+            close(got, want, 5e-5)
+
+
+def test_gradients_over_turned_keys():
+    q, k, v = draw(2, 150)
+    cache = turned("self-extend")
+    cache.append(k, v)
+    q.requires_grad_()
+    grad = torch.autograd.grad(cache.attention(q).square().sum(), q)
+    want = torch.autograd.grad(fastpe.attention(q, k, v, rope=cache.rope, region=cache.region, is_causal=True).square().sum(), q)
+    close(grad, [x.double() for x in want], 1e-4)
+    learned = cache.rope.replace(inv_freq=cache.rope.inv_freq.clone().requires_grad_())
+    cache = turned("dual chunk", learned)
+    cache.append(k, v)
+    with pytest.raises(NotImplementedError, match="has no gradient"):
+        cache.attention(q[:, :, -1:].detach())
+    with torch.no_grad():
+        cache.attention(q[:, :, -1:])
+
+
+@pytest.mark.parametrize("page_size", (None, 16))
+def test_all_copies_follow_trim_fork_and_reorder(page_size):
+    cache = turned("self-extend", page_size=page_size)
+    q, k, v = draw(200, 200)
+    cache.append(k, v)
+    cache.trim(150)
+    beams = cache.fork(torch.tensor([1, 1, 0]))
+    new = torch.randn(3, HK, 30, D), torch.randn(3, HK, 30, D)
+    beams.append(*new)
+    order = torch.tensor([2, 0, 0])
+    beams.reorder(order)
+    more = torch.randn(3, HK, 2, D), torch.randn(3, HK, 2, D)
+    beams.append(*more)
+    pick = torch.tensor([1, 1, 0])
+    want_k, want_v = (torch.cat([torch.cat([x[pick, :, :150], n], 2)[order], m], 2) for x, n, m in zip((k, v), new, more))
+    query = torch.randn(3, H, 2, D)
+    want = fastpe.reference.attention(query, want_k, want_v, rope=cache.rope, region=cache.region, is_causal=True)
+    close((beams.attention(query),), (want,), 2e-5)
+    # The original has gone its own way.
+    cache.append(k[:, :, 150:160], v[:, :, 150:160])
+    want = fastpe.reference.attention(q[:, :, 159:160], k[:, :, :160], v[:, :, :160], rope=cache.rope, region=cache.region, is_causal=True)
+    close((cache.attention(q[:, :, 159:160]),), (want,), 2e-5)
+
+
+def test_the_region_of_a_cache_and_of_a_call():
+    q, k, v = draw(1, 150)
+    rope, region = fastpe.rope.default(D), fastpe.region.self_extend(64, 4)
+    raw = fastpe.KVCache(B, HK, D, capacity=150, rope=rope, region=region)
+    raw.append(k, v)
+    other = fastpe.region.rerope(30, None)
+    for kw, used in (({}, region), ({"region": other}, other)):
+        close((raw.attention(q, **kw),), (fastpe.reference.attention(q, k, v, rope=rope, region=used, is_causal=True),), 2e-5)
+    # Keys at their own indices serve every region that meets them there.
+    plain = fastpe.KVCache(B, HK, D, capacity=150, rope=rope, rotated=True)
+    plain.append(k, v)
+    for used in (None, fastpe.region.string(50, 16), fastpe.region.streaming(4, 60)):
+        close((plain.attention(q, region=used),), (fastpe.reference.attention(q, k, v, rope=rope, region=used, is_causal=True),), 2e-5)
+    with pytest.raises(NotImplementedError, match=r"kept turned for plain rotation, and region self_extend\(.*\) meets them elsewhere; keep raw keys"):
+        plain.attention(q, region=region)
+    kept = fastpe.KVCache(B, HK, D, capacity=150, rope=rope, region=region, rotated=True)
+    kept.append(k, v)
+    with pytest.raises(NotImplementedError, match=r"kept turned for region self_extend\(.*\), and region rerope\(.*\) meets them elsewhere"):
+        kept.attention(q, region=other)
+    with pytest.raises(NotImplementedError, match="counts them from 0; keep raw keys and renumber"):
+        kept.evict(torch.arange(10))
+
+
+def test_what_cannot_be_kept_turned():
+    rope = fastpe.rope.default(D)
+    make = lambda **kw: fastpe.KVCache(1, 1, D, capacity=64, **kw)  # noqa: E731
+    p = torch.arange(8)
+    for region in (
+        fastpe.region.self_extend_bidirectional(8, 4),
+        fastpe.region.key_set(4, torch.arange(4)),
+        fastpe.region.custom("distance", 3, [p, p // 2 + 2], [p, p // 2]),
+    ):
+        with pytest.raises(NotImplementedError, match="places a key by more than its index; keep raw keys"):
+            make(rope=rope, region=region, rotated=True)
+        make(rope=rope, region=region)
+    with pytest.raises(NotImplementedError, match="turns a key by more than its own position; keep raw keys"):
+        make(rope=fastpe.rope.dynamic_ntk(D, factor=2.0, max_position=128), region=fastpe.region.self_extend(8, 4), rotated=True)
+    with pytest.raises(ValueError, match="region chooses positions for rope, which is None"):
+        make(region=fastpe.region.self_extend(8, 4))
+    with pytest.raises(TypeError, match="region must be a fastpe.region object, got int"):
+        make(rope=rope, region=3)
+
+
+def test_op_checks_of_turned_keys():
+    q, k, v = draw(1, 64)
+    tables = fastpe.rope.default(D).tables(None, None, 1, 64, B, H, HK)
+    two = torch.cat([tables[0], tables[0]])
+    tail = (0, 0, *(None,) * 6, 0, 0, 0, *(None,) * 5, 0.2, 0.0, 0.0, 0.0, *(None,) * 6, False, *(None,) * 10, 1, 1)
+    call = lambda q_rope, k_rope, kind, more: torch.ops.fastpe.attn_decode(q, k, v, q_rope, k_rope, *tail, kind, 8, *(None,) * 8, more)  # noqa: E731
+    call(tables[0], None, 0, [])
+    call(two, None, 1, [k])
+    with pytest.raises(RuntimeError, match="k_more must hold keys for 1 regions, got 2"):
+        call(two, None, 1, [k, k])
+    with pytest.raises(RuntimeError, match="k_more goes with q_rope alone"):
+        call(two, tables[1], 1, [k])
+    with pytest.raises(RuntimeError, match=r"k_more must be of shape \(2, 2, 64, 32\), got \(2, 2, 63, 32\)"):
+        call(two, None, 1, [k[:, :, :63]])
+    with pytest.raises(RuntimeError, match="q_rope and k_rope go together"):
+        call(None, tables[1], 0, [])
+
+
 # ---- changing a cache ------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +548,19 @@ def test_lists(case):
     close(got, want, 3e-5)
 
 
+@pytest.mark.parametrize("heads", ((4, 2), (32, 2)))
+@pytest.mark.parametrize("width", (24, 64))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+def test_lists_in_every_type(dtype, width, heads, isa):
+    """Rows used where they lie and rows that are copied: widths that no vector divides, many heads to a key in 16 bits."""
+    q, k, v = draw(1, 300, dtype, D=width, heads=heads)
+    index = torch.randint(-1, 300, (B, heads[1], 1, 150))
+    for rope in (None, fastpe.rope.default(width)):
+        got = fastpe.gather_attention(q, k, v, index, rope=rope, return_lse=True)
+        want = fastpe.reference.gather_attention(q, k, v, index, rope=rope, return_lse=True)
+        close(got, want, DTYPES[dtype])
+
+
 def test_a_list_of_all_keys_is_attention():
     q, k, v = draw(4, 200, torch.float64)
     index = torch.randperm(200).expand(1, 1, 1, 200)
@@ -393,4 +588,4 @@ def test_op_checks():
     q, k, v = draw(1, 64)
     index = torch.zeros(1, 1, 1, 4, dtype=torch.int32)
     args = (q, k, v, None, None, 0, 0, *(None,) * 6, 0, 0, 0, *(None,) * 5, 0.2, 0.0, 0.0, 0.0, *(None,) * 6, False, *(None,) * 10, 1, 1, 0, 1, *(None,) * 4)
-    torch.library.opcheck(torch.ops.fastpe.attn_decode.default, (*args, None, None, index, None))
+    torch.library.opcheck(torch.ops.fastpe.attn_decode.default, (*args, None, None, index, None, []))

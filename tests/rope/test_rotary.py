@@ -266,3 +266,22 @@ def test_module_moves_and_casts():
     assert torch.equal(fixed(q, q)[0], fastpe.apply_rotary(q, rope.default(16)))
     kept = torch.nn.Parameter(torch.rand(8))
     assert fastpe.nn.RotaryEmbedding(rope.learned, inv_freq=kept).inv_freq is kept
+
+
+def test_kept_tables_follow_the_frequencies():
+    """Tables of default positions are kept between calls; what they depend on is seen."""
+    r = rope.default(8)
+    first = r.tables(None, None, 5, 5, 1, 2, 2)
+    assert r.tables(None, None, 5, 5, 1, 2, 2)[0] is first[0]
+    assert r.tables(None, None, 6, 6, 1, 2, 2)[0].shape[3] == 6
+    r.inv_freq.mul_(2)
+    changed = r.tables(None, None, 5, 5, 1, 2, 2)[0]
+    assert torch.equal(changed, r.tables(torch.arange(5), None, 5, 5, 1, 2, 2)[0])
+    assert not torch.equal(changed, first[0])
+    with torch.inference_mode():
+        inside = r.tables(None, None, 5, 5, 1, 2, 2)[0]
+    assert inside.is_inference() and not r.tables(None, None, 5, 5, 1, 2, 2)[0].is_inference()
+    learned = fastpe.Rope(torch.rand(4, dtype=torch.float64, requires_grad=True))
+    assert learned.tables(None, None, 5, 5, 1, 2, 2)[0] is not learned.tables(None, None, 5, 5, 1, 2, 2)[0]
+    big = rope.default(256)
+    assert big.tables(None, None, 4096, 4096, 1, 1, 1)[0] is not big.tables(None, None, 4096, 4096, 1, 1, 1)[0]
