@@ -304,12 +304,10 @@ FASTPE_INLINE float f16_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, mag = h & 0x7fff;
   uint32_t u;
   if (mag >= 0x7c00) u = sign | 0x7f800000u | (mag & 0x3ff) << 13;
+  else if (mag >= 0x400) u = sign | ((mag << 13) + 0x38000000u);
   else {
-    // Scaling by 2^112 in float turns the half's exponent bias into float's, subnormals included.
-    const uint32_t s = mag << 13;
-    float f;
-    std::memcpy(&f, &s, 4);
-    f *= 5.192296858534828e33f;
+    // A subnormal half counts units of 2^-24. No float on the way is subnormal: those are flushed (subnormal.h).
+    const float f = float(int(mag)) * 5.9604644775390625e-8f;
     std::memcpy(&u, &f, 4);
     u |= sign;
   }

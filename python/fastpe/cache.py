@@ -15,7 +15,7 @@ from .attention import _LAYOUTS, _check_kinds, _check_qkv, _fwd, _plan, _ready, 
 from .mask import Mask, causal
 from .ops import aux_dtype
 from .prefix import BLOCK, Prefix
-from .region import Region, at_index
+from .region import Region, _at_index
 from .rotary import apply_rotary
 
 Tensor = torch.Tensor
@@ -223,7 +223,7 @@ class KVCache:
         sizes = index.shape[0], self.batch, heads, aux_dtype(key.dtype), key.device
         tables = [
             self.rope.one_table(_WHERE, at, *sizes, kv_heads=self.heads, query=False)
-            for at in (at_index(index) if self.region is None else self.region.kept_keys(_WHERE, index))
+            for at in (_at_index(index) if self.region is None else self.region.kept_keys(_WHERE, index))
         ]
         return [torch.ops.fastpe.rotate(key, table, _LAYOUTS[self.rope.layout], False) for table in tables]
 
@@ -529,7 +529,7 @@ class KVCache:
 
     def _attention_turned(self, where, query, region, mask, bias, is_causal, return_lse, score):
         """Over keys kept turned for `region`."""
-        kept = at_index if self.region is None else self.region.keys
+        kept = _at_index if self.region is None else self.region.keys
         if region is not self.region and region.keys is not kept:
             turned = "plain rotation" if self.region is None else f"region {self.region!r}"
             raise NotImplementedError(f"{where}: keys are kept turned for {turned}, and region {region!r} meets them elsewhere; keep raw keys")

@@ -92,6 +92,10 @@ class Region:
 
         Raises:
             NotImplementedError: they depend on more than the index.
+
+        >>> import torch, fastpe
+        >>> fastpe.region.self_extend(window=4, group=2).kept_keys("here", torch.arange(4))[1].tolist()
+        [0.0, 0.0, 1.0, 1.0]
         """
         if self.keys is None:
             raise NotImplementedError(f"{where}: region {self.name} places a key by more than its index; keep raw keys")
@@ -186,7 +190,7 @@ def _places(call: Call) -> tuple[Tensor, Tensor]:
     return i, (i if call.Nq == call.Nk else call.key_index())
 
 
-def at_index(j: Tensor) -> tuple[Tensor]:
+def _at_index(j: Tensor) -> tuple[Tensor]:
     """Keys at their own indices in every region, as in plain rotation."""
     return (j,)
 
@@ -454,10 +458,10 @@ def string(shift: int, window: int = 128, attention_factor: float = 0.1 * math.l
 
     def rule(call: Call) -> Positions:
         i, j = _places(call)
-        return (i, i - shift + window), at_index(j), None
+        return (i, i - shift + window), _at_index(j), None
 
     facts = f"shift={shift}, window={window}, attention_factor={attention_factor:g}"
-    return Region("distance", shift, rule, "string", facts, attention_factor**2, keys=at_index)
+    return Region("distance", shift, rule, "string", facts, attention_factor**2, keys=_at_index)
 
 
 def wrope(window: int = 64, far: float = 2048.0) -> Region:
@@ -506,9 +510,9 @@ def streaming(start: int = 4, recent: int = 2000) -> Region:
 
     def rule(call: Call) -> Positions:
         i = call.query_index()
-        return (i, i.clamp(max=start + recent)), at_index(call.key_index()), None
+        return (i, i.clamp(max=start + recent)), _at_index(call.key_index()), None
 
-    return Region("key_set", start, rule, "streaming", f"start={start}, recent={recent}", keys=at_index)
+    return Region("key_set", start, rule, "streaming", f"start={start}, recent={recent}", keys=_at_index)
 
 
 def key_set(keys: int, memory: str | Tensor = "zero", *, first: float = 0.0) -> Region:
