@@ -3,8 +3,9 @@
 // Work: for a wave of (batch, kv head) pairs K and V are packed; then one task per (pair, split), where a split is every
 // n-th block of kBM queries of every query head of the group. n depends on shapes alone. A task holds private dK and
 // dV sums over all keys; a last pass adds the splits in order, undoes the rotation and stores.
-// A task, per block of queries (up to kMaxTurns of a head take turns on every tile, as in the forward pass): Q and dO are packed four ways (transposed for scores and dP, by rows for dK and dV); per
-// visible key tile, queries in lanes as in the forward pass:
+// A task, per block of queries (two of a head take turns on every tile where that pays, as in the forward pass): Q and dO are
+// packed four ways (transposed for scores and dP, by rows for dK and dV); per visible key tile, queries in lanes as in the
+// forward pass:
 //   S = K Qt, dP = V dOt                         products
 //   P = exp2(S - lse), dS = P (dP - delta)       on a few rows at a time, in L1
 //   gradients of the bias                        from dS while it is there, only the ones asked for

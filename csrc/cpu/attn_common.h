@@ -661,6 +661,7 @@ struct Call {
 struct Walk {
   int64_t lo = 0, mid = 0, hi = 0, sinks = 0;  // [lo, mid) back, [mid, hi) forward, [0, sinks) back
 
+  Walk() {}
   template <class E>
   Walk(const Call<E>& c, int64_t qb) {
     const int64_t i0 = qb * kBM, rows = c.p.Nq - i0 < kBM ? c.p.Nq - i0 : kBM;
@@ -678,7 +679,6 @@ struct Walk {
       if (hi > 0 && sinks > lo) sinks = lo;
     }
   }
-  Walk() {}
 };
 
 // Blocks of queries that take turns on every key tile, so that a tile is read from far caches once for all of them.

@@ -1,10 +1,10 @@
 // Forward attention.
 //
-// Work: keys and values of a wave of (batch, kv head) pairs are packed once (K rotated); then one task per
-// (head, block of kBM queries) walks the key tiles it can see. A task owns its rows, so the result does not depend on
-// how tasks are spread over threads.
-// Where keys and values of a head exceed the processor's own cache, a task takes up to kMaxTurns such blocks, which take turns
-// on every tile. A task, per tile of kBN keys:
+// Work: keys (rotated) and values of a wave of (batch, kv head) pairs are packed once, unless they serve where they lie; then
+// one task per (head, block of kBM queries) walks the key tiles it can see. A task owns its rows, so the result does not depend
+// on how tasks are spread over threads. Where keys and values of a head exceed the processor's own cache, a task takes up to
+// kMaxTurns such blocks, which take turns on every tile.
+// A block, per tile of kBN keys:
 //   S[key][query]  = K Qt                       product, Qt (D x kBM) stays in L1
 //   running maximum, P = exp2(S - m), row sums  vertical, on the tile while it is in L1
 //   O^T[dv][query] += V^T P                     product into a (Dv x kBM) accumulator
