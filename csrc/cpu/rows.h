@@ -70,9 +70,12 @@ FASTPE_INLINE void rotate_row(S* __restrict x, const Rope& rope, int64_t J, Rope
   const S* __restrict c = static_cast<const S*>(rope.cos.p) + co;
   const S* __restrict s = static_cast<const S*>(rope.sin.p) + so;
   using Plain = std::conditional_t<sizeof(S) == 8, F64, F32>;
-  const Vec<S> sign(inverse ? S(-1) : S(1));
-  if (layout == RopeLayout::half) rotate_row_to<Plain, RopeLayout::half, false>(x, x, c, s, sign, J);
-  else rotate_row_to<Plain, RopeLayout::interleaved, false>(x, x, c, s, sign, J);
+  const auto run = [&]<bool Inverse>() {
+    if (layout == RopeLayout::half) rotate_rows_to<Plain, RopeLayout::half, Inverse, false, 1>(x, 0, x, 0, c, s, J);
+    else rotate_rows_to<Plain, RopeLayout::interleaved, Inverse, false, 1>(x, 0, x, 0, c, s, J);
+  };
+  if (inverse) run.template operator()<true>();
+  else run.template operator()<false>();
 }
 
 template <class S>

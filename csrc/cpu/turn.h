@@ -98,13 +98,18 @@ struct Pairs {
   static FASTPE_INLINE V zip_hi(V x, V y) { return pick(x, y, lanes_of<S>([](int l) { return (l + L) / 2 + (l % 2) * L; })); }
 };
 
-// One token of one head; y may be x. `sign` is -1 for the inverse rotation.
-template <class E, RopeLayout L, bool Stream>
-FASTPE_INLINE void rotate_row_to(const typename E::T* x, typename E::T* y, const typename E::S* c, const typename E::S* s, Vec<typename E::S> sign, int64_t J) {
+// One token of G heads that share their row of the table, dx and dy elements apart; y may be x. The inverse rotation is
+// the rotation with the two channels of a pair in each other's place.
+template <class E, RopeLayout L, bool Inverse, bool Stream, int G>
+FASTPE_INLINE void rotate_rows_to(const typename E::T* x, int64_t dx, typename E::T* y, int64_t dy, const typename E::S* c, const typename E::S* s, int64_t J) {
   using S = typename E::S;
   using V = Vec<S>;
   using P = Pairs<S>;
   constexpr bool half = L == RopeLayout::half;
+  const auto turn = [](auto& u, auto& v, auto cj, auto sj) {
+    if constexpr (Inverse) pos::rotate_pair(v, u, cj, sj);
+    else pos::rotate_pair(u, v, cj, sj);
+  };
   const auto put_two = [](typename E::T* p, V v, typename E::T* q, V w) {
     if constexpr (Stream) stream_to<E>(p, v), stream_to<E>(q, w);
     else E::store_two(p, v, q, w);
@@ -112,23 +117,30 @@ FASTPE_INLINE void rotate_row_to(const typename E::T* x, typename E::T* y, const
   int64_t j = 0;
 #pragma GCC unroll 2
   for (; j + V::kLanes <= J; j += V::kLanes) {
-    if constexpr (half) {
-      V u = E::load(x + j), v = E::load(x + J + j);
-      pos::rotate_pair(u, v, V::load(c + j), sign * V::load(s + j));
-      put_two(y + j, u, y + J + j, v);
-    } else {
-      const V a = E::load(x + 2 * j), b = E::load(x + 2 * j + V::kLanes);
-      V u = P::evens(a, b), v = P::odds(a, b);
-      pos::rotate_pair(u, v, V::load(c + j), sign * V::load(s + j));
-      put_two(y + 2 * j, P::zip_lo(u, v), y + 2 * j + V::kLanes, P::zip_hi(u, v));
+    const V cj = V::load(c + j), sj = V::load(s + j);
+    for (int g = 0; g < G; ++g) {
+      const typename E::T* from = x + g * dx;
+      typename E::T* to = y + g * dy;
+      if constexpr (half) {
+        V u = E::load(from + j), v = E::load(from + J + j);
+        turn(u, v, cj, sj);
+        put_two(to + j, u, to + J + j, v);
+      } else {
+        const V a = E::load(from + 2 * j), b = E::load(from + 2 * j + V::kLanes);
+        V u = P::evens(a, b), v = P::odds(a, b);
+        turn(u, v, cj, sj);
+        put_two(to + 2 * j, P::zip_lo(u, v), to + 2 * j + V::kLanes, P::zip_hi(u, v));
+      }
     }
   }
   for (; j < J; ++j) {
     const int64_t first = half ? j : 2 * j, second = half ? J + j : 2 * j + 1;
-    S u = E::get(x[first]), v = E::get(x[second]);
-    pos::rotate_pair(u, v, c[j], sign.v[0] * s[j]);
-    y[first] = E::put(u);
-    y[second] = E::put(v);
+    for (int g = 0; g < G; ++g) {
+      S u = E::get(x[g * dx + first]), v = E::get(x[g * dx + second]);
+      turn(u, v, c[j], s[j]);
+      y[g * dy + first] = E::put(u);
+      y[g * dy + second] = E::put(v);
+    }
   }
 }
 
