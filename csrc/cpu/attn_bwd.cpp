@@ -449,8 +449,7 @@ struct Backward {
       const Rope turn = region_rope<S>(p.q_rope, part);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * p.D;
-        load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
-        if (turn.cos) rotate_row(row, turn, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+        load_turned(row, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
         if (!measured) w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(w.scale->c[r])) * 1.0001);
       }
       measured = true;
@@ -519,7 +518,7 @@ struct Backward {
       transpose(w.rows, p.D, w.dq + x * p.D * kBM, kBM, p.D, rows);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * p.D;
-        if (turn.cos) rotate_row(row, turn, p.rope_pairs, p.rope_layout, true, b, h, i0 + r);
+        turn_back(row, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
         if (regions > 1)
           for (int64_t d = 0; d < p.D; ++d) sum[r * p.D + d] += row[d];
       }
@@ -887,7 +886,7 @@ struct Backward {
         for (int x = copies - 1; x >= 0; --x) {
           S* part = x ? row + p.D : row;
           sum_splits(part, dk + (w * splits * copies + x) * p.Nk * dp + j * dp, copies * p.Nk * dp, p.D);
-          if (p.k_rope.cos) rotate_row(part, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, true, b, hk, j);
+          turn_back(part, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, b, hk, j);
           S* total = row + 2 * p.D;
           for (int64_t d = 0; copies > 1 && d < p.D; ++d) total[d] = part[d] + (x == copies - 1 ? S(0) : total[d]);
         }

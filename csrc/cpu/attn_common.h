@@ -834,8 +834,7 @@ struct KVPack {
 
  private:
   static void load_key(S* row, const AttnParams& p, int x, int64_t b, int64_t hk, int64_t j) {
-    load_row(row, p.k, p.dtype, b, hk, j, p.D);
-    if (p.k_rope.cos) rotate_row(row, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, false, b, hk, j);
+    load_turned(row, p.k, p.dtype, p.D, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, b, hk, j);
   }
 };
 

@@ -254,8 +254,7 @@ struct Forward {
       const Rope turn = region_rope<S>(p.q_rope, x);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * p.D;
-        load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
-        if (turn.cos) rotate_row(row, turn, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+        load_turned(row, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
         if (!measured) w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(w.scale->c[r])) * 1.0001);
       }
       measured = true;

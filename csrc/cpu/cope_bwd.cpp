@@ -222,8 +222,7 @@ struct CopeBackward {
         std::memset(row, 0, size_t(p.D) * sizeof(S));
         continue;
       }
-      load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
-      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+      load_turned(row, p.q, p.dtype, p.D, p.q_rope, p.rope_pairs, p.rope_layout, b, h, i0 + r);
     }
     pack_transposed<E>(w.qt, kBM, w.q, p.D, rows, lanes, p.D, w.tmp);
     // pack_rows reads whole vectors past the last row's channels.
@@ -507,7 +506,7 @@ struct CopeBackward {
       }
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * dp;
-        if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, true, b, h, i0 + r);
+        turn_back(row, p.q_rope, p.rope_pairs, p.rope_layout, b, h, i0 + r);
         store_row(row, a.dq, p.dtype, b, h, i0 + r, p.D);
       }
     }
@@ -530,7 +529,7 @@ struct CopeBackward {
     for (int64_t j = t * kBN<E>; j < p.Nk && j < (t + 1) * kBN<E>; ++j) {
       if (want_k) {
         sum(dk, j, dp, p.D);
-        if (p.k_rope.cos) rotate_row(row, p.k_rope, p.rope_pairs, p.rope_layout, true, b, hk, j);
+        turn_back(row, p.k_rope, p.rope_pairs, p.rope_layout, b, hk, j);
         store_row(row, a.dk, p.dtype, b, hk, j, p.D);
       }
       if (want_v) {

@@ -100,8 +100,7 @@ struct CopeForward {
         std::memset(row, 0, size_t(p.D) * sizeof(S));
         continue;
       }
-      load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
-      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+      load_turned(row, p.q, p.dtype, p.D, p.q_rope, p.rope_pairs, p.rope_layout, b, h, i0 + r);
     }
     pack_transposed<E>(f.qt, kBM, w.q, p.D, rows, lanes, p.D, f.tmp);
     if (c.own_gates) {

@@ -394,9 +394,8 @@ struct Decode {
     for (int64_t r = 0; r < R; ++r) {
       const int64_t h = head_of(u, r), i = query_of(u, r);
       for (int64_t x = 0; x < regions; ++x) {
-        load_row(w.row, p.q, p.dtype, u.b, h, i, p.D);
+        load_turned(w.row, p.q, p.dtype, p.D, region_rope<S>(p.q_rope, int(x)), p.rope_pairs, p.rope_layout, u.b, h, i);
         for (int64_t c = p.D; c < wide; ++c) w.row[c] = 0;
-        if (p.q_rope.cos) rotate_row(w.row, region_rope<S>(p.q_rope, int(x)), p.rope_pairs, p.rope_layout, false, u.b, h, i);
         pack_row<E>(w.q + (x * R + r) * k_units, w.row, wide);
       }
       const S* rho = at<S>(p.row_scale, u.b, h);
@@ -556,9 +555,9 @@ struct Decode {
         std::memset(out, 0, size_t(k_units) * sizeof(U));
         continue;
       }
-      load_row(w.row, View{const_cast<char*>(stored[y]), 0, 0, 0}, p.dtype, 0, 0, 0, p.D);
+      const View row{const_cast<char*>(stored[y]), 0, 0, 0};
+      load_turned(w.row, row, p.dtype, p.D, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, u.b, u.hk, turn_of(u, t, c + y, j));
       for (int64_t e = p.D; e < wide; ++e) w.row[e] = 0;
-      if (p.k_rope.cos) rotate_row(w.row, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, false, u.b, u.hk, turn_of(u, t, c + y, j));
       pack_row<E>(out, w.row, wide);
     }
     return {w.k_rows, kOwn};
@@ -578,7 +577,7 @@ struct Decode {
     else return V::load(reinterpret_cast<const S*>(x) + at);
   }
   template <DType T>
-  FASTPE_INLINE void load_turned(U* out, const char* row, const S* c, const S* s) const {
+  FASTPE_INLINE void load_turned_operand(U* out, const char* row, const S* c, const S* s) const {
     const int64_t J = p.rope_pairs;
     for (int64_t e = 0; e < J; e += L * E::kPack) {
       V lo[E::kPack], hi[E::kPack];
@@ -610,7 +609,7 @@ struct Decode {
       const int64_t j = c + y < t.n && t.key(c + y) >= 0 ? t.key(c + y) : -1;
       const Rope& rope = by_key && j < p.region.size ? other : one;
       const int64_t n = j < 0 ? 0 : turn_of(u, t, c + y, j);
-      load_turned<T>(w.k + y * k_units, rows[y], at<S>(rope.cos, u.b, u.hk, n), at<S>(rope.sin, u.b, u.hk, n));
+      load_turned_operand<T>(w.k + y * k_units, rows[y], at<S>(rope.cos, u.b, u.hk, n), at<S>(rope.sin, u.b, u.hk, n));
     }
   }
 

@@ -151,8 +151,7 @@ struct LandmarkBackward {
     S largest = 0;
     for (int64_t r = 0; r < rows; ++r) {
       S* row = w.rows + r * p.D;
-      load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
-      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+      load_turned(row, p.q, p.dtype, p.D, p.q_rope, p.rope_pairs, p.rope_layout, b, h, i0 + r);
       w.c[r] = S(p.scale * kLog2e);
       const S q = norm2(row, p.D);
       if (!(q <= largest)) largest = q == q ? q : kInf<S>;
@@ -171,7 +170,7 @@ struct LandmarkBackward {
     else transpose(w.rows, p.D, w.dq, kBM, p.D, rows);
     for (int64_t r = 0; r < rows; ++r) {
       S* row = w.rows + r * p.D;
-      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, true, b, h, i0 + r);
+      turn_back(row, p.q_rope, p.rope_pairs, p.rope_layout, b, h, i0 + r);
       store_row(row, a.dq, p.dtype, b, h, i0 + r, p.D);
     }
   }
@@ -316,7 +315,7 @@ struct LandmarkBackward {
     for (int64_t j = t * kBM; j < p.Nk && j < (t + 1) * kBM; ++j) {
       if (want_k) {
         sum_splits(row, dk + w * splits * p.Nk * dp + j * dp, p.Nk * dp, p.D);
-        if (p.k_rope.cos) rotate_row(row, p.k_rope, p.rope_pairs, p.rope_layout, true, b, hk, j);
+        turn_back(row, p.k_rope, p.rope_pairs, p.rope_layout, b, hk, j);
         store_row(row, a.dk, p.dtype, b, hk, j, p.D);
       }
       if (want_v) {

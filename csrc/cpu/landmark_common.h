@@ -131,8 +131,7 @@ struct LandmarkCall {
       if (visible && !visible[j0 + j]) {
         std::memset(row, 0, size_t(p.D) * sizeof(S));
       } else {
-        load_row(row, p.k, p.dtype, b, hk, j0 + j, p.D);
-        if (p.k_rope.cos) rotate_row(row, p.k_rope, p.rope_pairs, p.rope_layout, false, b, hk, j0 + j);
+        load_turned(row, p.k, p.dtype, p.D, p.k_rope, p.rope_pairs, p.rope_layout, b, hk, j0 + j);
       }
       const S q = norm2(row, p.D);
       if (q > biggest) biggest = q;

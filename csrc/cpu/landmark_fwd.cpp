@@ -115,8 +115,7 @@ struct LandmarkForward {
     S largest = 0;
     for (int64_t r = 0; r < rows; ++r) {
       S* row = f.rows + r * p.D;
-      load_row(row, p.q, p.dtype, b, h, i0 + r, p.D);
-      if (p.q_rope.cos) rotate_row(row, p.q_rope, p.rope_pairs, p.rope_layout, false, b, h, i0 + r);
+      load_turned(row, p.q, p.dtype, p.D, p.q_rope, p.rope_pairs, p.rope_layout, b, h, i0 + r);
       f.scale->c[r] = S(p.scale * kLog2e);
       const S q = norm2(row, p.D);
       if (!(q <= largest)) largest = q == q ? q : kInf<S>;

@@ -168,7 +168,7 @@ FASTPE_INLINE void rotate_line(Line<E> at, int64_t count, int64_t gx, int64_t gy
         if (!in_place && !Stream) prefetch_row(at.y + g * gy, D * int64_t(sizeof(T)));
       }
     }
-    rotate_rows_to<E, L, Inverse, Stream, G>(at.x, gx, at.y, gy, at.c, at.s, J);
+    rotate_rows_to<E, E, L, Inverse, Stream, G>(at.x, gx, at.y, gy, at.c, at.s, J);
     if (copy_tail)
       for (int g = 0; g < G; ++g) std::memcpy(at.y + g * gy + 2 * J, at.x + g * gx + 2 * J, size_t(tail) * sizeof(T));
   }

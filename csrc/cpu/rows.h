@@ -18,26 +18,26 @@ FASTPE_INLINE void copy_row(S* __restrict y, const S* __restrict x, int64_t n) {
   for (; d < n; ++d) y[d] = x[d];
 }
 
+// f with the element type of a tensor whose scores are of type S.
+template <class S, class Fn>
+FASTPE_INLINE void with_elements(DType t, Fn&& f) {
+  if constexpr (sizeof(S) == 8) f(F64{});
+  else if (t == DType::f32) f(F32{});
+  else if (t == DType::bf16) f(BF16{});
+  else f(F16{});
+}
+
+template <class E>
+FASTPE_INLINE void load_channels(typename E::S* __restrict y, const typename E::T* __restrict x, int64_t n) {
+  constexpr int L = Vec<typename E::S>::kLanes;
+  int64_t d = 0;
+  for (; d + L <= n; d += L) E::load(x + d).store(y + d);
+  for (; d < n; ++d) y[d] = E::get(x[d]);
+}
+
 template <class S>
 FASTPE_INLINE void load_row(S* __restrict y, const View& x, DType t, int64_t b, int64_t h, int64_t n, int64_t D) {
-  const int64_t off = b * x.sb + h * x.sh + n * x.sn;
-  if constexpr (sizeof(S) == 8) {
-    copy_row(y, static_cast<const double*>(x.p) + off, D);
-  } else {
-    constexpr int L = VF::kLanes;
-    const int64_t D0 = D / L * L;
-    if (t == DType::f32) {
-      copy_row(y, static_cast<const float*>(x.p) + off, D);
-    } else if (t == DType::bf16) {
-      const uint16_t* p = static_cast<const uint16_t*>(x.p) + off;
-      for (int64_t d = 0; d < D0; d += L) load_bf16(p + d).store(y + d);
-      for (int64_t d = D0; d < D; ++d) y[d] = bf16_to_float(p[d]);
-    } else {
-      const uint16_t* p = static_cast<const uint16_t*>(x.p) + off;
-      for (int64_t d = 0; d < D0; d += L) load_f16(p + d).store(y + d);
-      for (int64_t d = D0; d < D; ++d) y[d] = f16_to_float(p[d]);
-    }
-  }
+  with_elements<S>(t, [&]<class E>(E) __attribute__((always_inline)) { load_channels<E>(y, static_cast<const typename E::T*>(x.p) + b * x.sb + h * x.sh + n * x.sn, D); });
 }
 
 template <class S>
@@ -62,20 +62,33 @@ FASTPE_INLINE void store_row(const S* __restrict y, const View& x, DType t, int6
   }
 }
 
-// Rotates one row in place with the tables' row (b, h, n).
+// A turn's row (b, h, n).
 template <class S>
-FASTPE_INLINE void rotate_row(S* __restrict x, const Rope& rope, int64_t J, RopeLayout layout, bool inverse, int64_t b, int64_t h, int64_t n) {
-  const int64_t co = b * rope.cos.sb + h * rope.cos.sh + n * rope.cos.sn;
-  const int64_t so = b * rope.sin.sb + h * rope.sin.sh + n * rope.sin.sn;
-  const S* __restrict c = static_cast<const S*>(rope.cos.p) + co;
-  const S* __restrict s = static_cast<const S*>(rope.sin.p) + so;
-  using Plain = std::conditional_t<sizeof(S) == 8, F64, F32>;
-  const auto run = [&]<bool Inverse>() {
-    if (layout == RopeLayout::half) rotate_rows_to<Plain, RopeLayout::half, Inverse, false, 1>(x, 0, x, 0, c, s, J);
-    else rotate_rows_to<Plain, RopeLayout::interleaved, Inverse, false, 1>(x, 0, x, 0, c, s, J);
-  };
-  if (inverse) run.template operator()<true>();
-  else run.template operator()<false>();
+FASTPE_INLINE const S* turn_row(const Aux& x, int64_t b, int64_t h, int64_t n) { return static_cast<const S*>(x.p) + b * x.sb + h * x.sh + n * x.sn; }
+
+// Row (b, h, n) of x, its first 2 J channels turned by that row of `turn` if there is one. Turned while it is converted: a
+// pass of its own over the row cost as much again as the turn.
+template <class S>
+FASTPE_INLINE void load_turned(S* __restrict y, const View& x, DType t, int64_t D, const Rope& turn, int64_t J, RopeLayout layout, int64_t b, int64_t h, int64_t n) {
+  if (!turn.cos) return load_row(y, x, t, b, h, n, D);
+  const S *c = turn_row<S>(turn.cos, b, h, n), *s = turn_row<S>(turn.sin, b, h, n);
+  with_elements<S>(t, [&]<class E>(E) __attribute__((always_inline)) {
+    using To = std::conditional_t<sizeof(S) == 8, F64, F32>;
+    const auto* from = static_cast<const typename E::T*>(x.p) + b * x.sb + h * x.sh + n * x.sn;
+    if (layout == RopeLayout::half) rotate_rows_to<E, To, RopeLayout::half, false, false, 1>(from, 0, y, 0, c, s, J);
+    else rotate_rows_to<E, To, RopeLayout::interleaved, false, false, 1>(from, 0, y, 0, c, s, J);
+    load_channels<E>(y + 2 * J, from + 2 * J, D - 2 * J);
+  });
+}
+
+// The inverse turn, in place, if there is one: what the gradient of a turned row goes through.
+template <class S>
+FASTPE_INLINE void turn_back(S* x, const Rope& turn, int64_t J, RopeLayout layout, int64_t b, int64_t h, int64_t n) {
+  if (!turn.cos) return;
+  using E = std::conditional_t<sizeof(S) == 8, F64, F32>;
+  const S *c = turn_row<S>(turn.cos, b, h, n), *s = turn_row<S>(turn.sin, b, h, n);
+  if (layout == RopeLayout::half) rotate_rows_to<E, E, RopeLayout::half, true, false, 1>(x, 0, x, 0, c, s, J);
+  else rotate_rows_to<E, E, RopeLayout::interleaved, true, false, 1>(x, 0, x, 0, c, s, J);
 }
 
 template <class S>

@@ -98,10 +98,10 @@ struct Pairs {
   static FASTPE_INLINE V zip_hi(V x, V y) { return pick(x, y, lanes_of<S>([](int l) { return (l + L) / 2 + (l % 2) * L; })); }
 };
 
-// One token of G heads that share their row of the table, dx and dy elements apart; y may be x. The inverse rotation is
-// the rotation with the two channels of a pair in each other's place.
-template <class E, RopeLayout L, bool Inverse, bool Stream, int G>
-FASTPE_INLINE void rotate_rows_to(const typename E::T* x, int64_t dx, typename E::T* y, int64_t dy, const typename E::S* c, const typename E::S* s, int64_t J) {
+// One token of G heads that share their row of the table, dx and dy elements apart; y may be x where To is E. The inverse
+// rotation is the rotation with the two channels of a pair in each other's place.
+template <class E, class To, RopeLayout L, bool Inverse, bool Stream, int G>
+FASTPE_INLINE void rotate_rows_to(const typename E::T* x, int64_t dx, typename To::T* y, int64_t dy, const typename E::S* c, const typename E::S* s, int64_t J) {
   using S = typename E::S;
   using V = Vec<S>;
   using P = Pairs<S>;
@@ -110,9 +110,9 @@ FASTPE_INLINE void rotate_rows_to(const typename E::T* x, int64_t dx, typename E
     if constexpr (Inverse) pos::rotate_pair(v, u, cj, sj);
     else pos::rotate_pair(u, v, cj, sj);
   };
-  const auto put_two = [](typename E::T* p, V v, typename E::T* q, V w) {
-    if constexpr (Stream) stream_to<E>(p, v), stream_to<E>(q, w);
-    else E::store_two(p, v, q, w);
+  const auto put_two = [](typename To::T* p, V v, typename To::T* q, V w) {
+    if constexpr (Stream) stream_to<To>(p, v), stream_to<To>(q, w);
+    else To::store_two(p, v, q, w);
   };
   int64_t j = 0;
 #pragma GCC unroll 2
@@ -120,7 +120,7 @@ FASTPE_INLINE void rotate_rows_to(const typename E::T* x, int64_t dx, typename E
     const V cj = V::load(c + j), sj = V::load(s + j);
     for (int g = 0; g < G; ++g) {
       const typename E::T* from = x + g * dx;
-      typename E::T* to = y + g * dy;
+      typename To::T* to = y + g * dy;
       if constexpr (half) {
         V u = E::load(from + j), v = E::load(from + J + j);
         turn(u, v, cj, sj);
@@ -138,8 +138,8 @@ FASTPE_INLINE void rotate_rows_to(const typename E::T* x, int64_t dx, typename E
     for (int g = 0; g < G; ++g) {
       S u = E::get(x[g * dx + first]), v = E::get(x[g * dx + second]);
       turn(u, v, c[j], s[j]);
-      y[g * dy + first] = E::put(u);
-      y[g * dy + second] = E::put(v);
+      y[g * dy + first] = To::put(u);
+      y[g * dy + second] = To::put(v);
     }
   }
 }
