@@ -25,11 +25,6 @@ constexpr double kLn2 = 0.6931471805599453094;
 
 template <class S> constexpr S kInf = S(__builtin_inf());
 
-template <class S>
-FASTPE_INLINE const S* at(const Aux& a, int64_t b, int64_t h, int64_t n = 0) {
-  return a.p ? static_cast<const S*>(a.p) + b * a.sb + h * a.sh + n * a.sn : nullptr;
-}
-
 // Scratch memory cut into aligned pieces; the first pass with base == nullptr measures.
 struct Carver {
   char* base;
@@ -743,6 +738,12 @@ FASTPE_INLINE Rope key_rope(const AttnParams& p, int x, int64_t j) {
   return region_rope<S>(p.k_rope, pos::region_by_key(p.region.kind) ? pos::region_of(p.region, 0, j) : x);
 }
 
+// Whether turn_operand makes the turned keys.
+template <class E>
+FASTPE_INLINE bool turns_whole(const AttnParams& p) {
+  return p.k_rope.cos && p.rope_layout == RopeLayout::half && p.rope_pairs % turn_step<E>() == 0 && p.D % turn_step<E>() == 0;
+}
+
 // Whether rows of x serve as A operands where they lie: of the operand's own type, one after the other. (Rows a power of two
 // apart would share few sets of a cache.)
 template <class E>
@@ -806,6 +807,20 @@ struct KVPack {
     bool nan = false;
     for (int x = copies(p) - 1; x >= 0; --x) {
       U* packed = k_own ? k_own + x * p.Nk * (p.D / E::kPack) : nullptr;
+      const auto measure = [&](S squares) {
+        if (squares > biggest) biggest = squares;
+        nan |= squares != squares;
+      };
+      if (packed && !k_pairs && turns_whole<E>(p)) {
+        with_elements<S>(p.dtype, [&]<class From>(From) {
+          const auto* k = static_cast<const typename From::T*>(p.k.p) + b * p.k.sb + hk * p.k.sh;
+          for (int64_t j = j0; j < j0 + n; ++j) {
+            const Rope turn = key_rope<S>(p, x, j);
+            measure(reduce_add(turn_operand<E, From>(packed + j * (p.D / E::kPack), k + j * p.k.sn, at<S>(turn.cos, b, hk, j), at<S>(turn.sin, b, hk, j), p.rope_pairs, p.D)));
+          }
+        });
+        continue;
+      }
       for (int64_t j = 0; j < n; ++j) {
         const S* row = rows + j * p.D;
         if constexpr (E::kPack == 1) {
@@ -815,9 +830,7 @@ struct KVPack {
           load_key(rows + j * p.D, p, x, b, hk, j0 + j);
           if (packed) pack_row<E>(packed + (j0 + j) * (p.D / E::kPack), row, p.D);
         }
-        const S q = norm2(row, p.D);
-        if (q > biggest) biggest = q;
-        nan |= q != q;
+        measure(norm2(row, p.D));
       }
       if (k_pairs) pack_rows<E>(k_pairs + (x * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D), pad(p.D), rows, p.D, n, p.D);
     }

@@ -543,8 +543,8 @@ struct Decode {
   Rows16 keys_of(const Unit& u, const Tile& t, int64_t c, int x, Scratch& w) const {
     const char* const* stored = w.keys + (copies > 1 ? x : 0) * kKeys + c;
     if (!p.k_rope.cos && as_stored(p.D)) return {stored, p.dtype};
-    if (turns_whole()) {
-      as_type(p.dtype, [&](auto type) { turn_chunk<decltype(type)::type>(u, t, c, x, stored, w); });
+    if (turns_whole<E>(p)) {
+      with_elements<S>(p.dtype, [&]<class From>(From) { turn_chunk<From>(u, t, c, x, stored, w); });
       return {w.k_rows, kOwn};
     }
     const int64_t wide = k_units * E::kPack;
@@ -565,43 +565,8 @@ struct Decode {
   // The row of k_rope that turns entry x of a tile, key j.
   static int64_t turn_of(const Unit& u, const Tile& t, int64_t x, int64_t j) { return u.turn ? u.turn[t.x0 + x] : j; }
 
-  // The usual case in one pass over the row: pairs (j, j + J), whole operands.
-  bool turns_whole() const {
-    const int64_t J = p.rope_pairs;
-    return p.k_rope.cos && p.rope_layout == RopeLayout::half && J % (L * E::kPack) == 0 && p.D % (L * E::kPack) == 0;
-  }
-  template <DType T>
-  static FASTPE_INLINE V load_part(const char* x, int64_t at) {
-    if constexpr (T == DType::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(x) + at);
-    else if constexpr (T == DType::f16) return load_f16(reinterpret_cast<const uint16_t*>(x) + at);
-    else return V::load(reinterpret_cast<const S*>(x) + at);
-  }
-  template <DType T>
-  FASTPE_INLINE void load_turned_operand(U* out, const char* row, const S* c, const S* s) const {
-    const int64_t J = p.rope_pairs;
-    for (int64_t e = 0; e < J; e += L * E::kPack) {
-      V lo[E::kPack], hi[E::kPack];
-      for (int y = 0; y < E::kPack; ++y) {
-        lo[y] = load_part<T>(row, e + y * L), hi[y] = load_part<T>(row, J + e + y * L);
-        pos::rotate_pair(lo[y], hi[y], V::load(c + e + y * L), V::load(s + e + y * L));
-      }
-      store_operand(out + e / E::kPack, lo);
-      store_operand(out + (J + e) / E::kPack, hi);
-    }
-    for (int64_t e = 2 * J; e < p.D; e += L * E::kPack) {
-      V x[E::kPack];
-      for (int y = 0; y < E::kPack; ++y) x[y] = load_part<T>(row, e + y * L);
-      store_operand(out + e / E::kPack, x);
-    }
-  }
-  static FASTPE_INLINE void store_operand(U* out, const V* x) {
-    if constexpr (E::kPack == 1) x[0].store(out);
-#if defined(__AVX512BF16__)
-    else _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(__m512(x[1].v), __m512(x[0].v)));
-#endif
-  }
   // Chunk c of the tile turned by the table of region x. Rows that are not there are zeros, whichever way they turn.
-  template <DType T>
+  template <class From>
   void turn_chunk(const Unit& u, const Tile& t, int64_t c, int x, const char* const* rows, Scratch& w) const {
     const bool by_key = p.k_rope.sr && pos::region_by_key(p.region.kind);
     const Rope one = region_rope<S>(p.k_rope, by_key ? 0 : x), other = by_key ? region_rope<S>(p.k_rope, 1) : one;
@@ -609,7 +574,7 @@ struct Decode {
       const int64_t j = c + y < t.n && t.key(c + y) >= 0 ? t.key(c + y) : -1;
       const Rope& rope = by_key && j < p.region.size ? other : one;
       const int64_t n = j < 0 ? 0 : turn_of(u, t, c + y, j);
-      load_turned_operand<T>(w.k + y * k_units, rows[y], at<S>(rope.cos, u.b, u.hk, n), at<S>(rope.sin, u.b, u.hk, n));
+      turn_operand<E, From>(w.k + y * k_units, reinterpret_cast<const typename From::T*>(rows[y]), at<S>(rope.cos, u.b, u.hk, n), at<S>(rope.sin, u.b, u.hk, n), p.rope_pairs, p.D);
     }
   }
 

@@ -62,16 +62,17 @@ FASTPE_INLINE void store_row(const S* __restrict y, const View& x, DType t, int6
   }
 }
 
-// A turn's row (b, h, n).
 template <class S>
-FASTPE_INLINE const S* turn_row(const Aux& x, int64_t b, int64_t h, int64_t n) { return static_cast<const S*>(x.p) + b * x.sb + h * x.sh + n * x.sn; }
+FASTPE_INLINE const S* at(const Aux& a, int64_t b, int64_t h, int64_t n = 0) {
+  return a.p ? static_cast<const S*>(a.p) + b * a.sb + h * a.sh + n * a.sn : nullptr;
+}
 
 // Row (b, h, n) of x, its first 2 J channels turned by that row of `turn` if there is one. Turned while it is converted: a
 // pass of its own over the row cost as much again as the turn.
 template <class S>
 FASTPE_INLINE void load_turned(S* __restrict y, const View& x, DType t, int64_t D, const Rope& turn, int64_t J, RopeLayout layout, int64_t b, int64_t h, int64_t n) {
   if (!turn.cos) return load_row(y, x, t, b, h, n, D);
-  const S *c = turn_row<S>(turn.cos, b, h, n), *s = turn_row<S>(turn.sin, b, h, n);
+  const S *c = at<S>(turn.cos, b, h, n), *s = at<S>(turn.sin, b, h, n);
   with_elements<S>(t, [&]<class E>(E) __attribute__((always_inline)) {
     using To = std::conditional_t<sizeof(S) == 8, F64, F32>;
     const auto* from = static_cast<const typename E::T*>(x.p) + b * x.sb + h * x.sh + n * x.sn;
@@ -86,7 +87,7 @@ template <class S>
 FASTPE_INLINE void turn_back(S* x, const Rope& turn, int64_t J, RopeLayout layout, int64_t b, int64_t h, int64_t n) {
   if (!turn.cos) return;
   using E = std::conditional_t<sizeof(S) == 8, F64, F32>;
-  const S *c = turn_row<S>(turn.cos, b, h, n), *s = turn_row<S>(turn.sin, b, h, n);
+  const S *c = at<S>(turn.cos, b, h, n), *s = at<S>(turn.sin, b, h, n);
   if (layout == RopeLayout::half) rotate_rows_to<E, E, RopeLayout::half, true, false, 1>(x, 0, x, 0, c, s, J);
   else rotate_rows_to<E, E, RopeLayout::interleaved, true, false, 1>(x, 0, x, 0, c, s, J);
 }
@@ -162,6 +163,43 @@ FASTPE_INLINE void pack_row(typename E::U* __restrict a, const typename E::S* __
     for (; i + VF::kLanes <= n; i += VF::kLanes) store_bf16(p + i, VF::load(x + i));
     for (; i < n; ++i) p[i] = float_to_bf16(x[i]);
   }
+}
+
+// A row turned straight into an A row, in one pass: pairs (j, j + J), J and D multiples of `turn_step`. The lanes of the
+// result add up to the turned row's squared length.
+template <class Op>
+constexpr int64_t turn_step() { return Vec<typename Op::S>::kLanes * Op::kPack; }
+template <class Op>
+FASTPE_INLINE void store_operand(typename Op::U* out, const Vec<typename Op::S>* x) {
+  if constexpr (Op::kPack == 1) x[0].store(out);
+#if defined(__AVX512BF16__)
+  else _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(__m512(x[1].v), __m512(x[0].v)));
+#endif
+}
+template <class Op, class E>
+FASTPE_INLINE Vec<typename Op::S> turn_operand(typename Op::U* __restrict out, const typename E::T* __restrict x, const typename E::S* __restrict c, const typename E::S* __restrict s, int64_t J, int64_t D) {
+  using V = Vec<typename Op::S>;
+  constexpr int L = V::kLanes, P = Op::kPack;
+  V squares(typename Op::S(0));
+  for (int64_t e = 0; e < J; e += L * P) {
+    V lo[P], hi[P];
+    for (int y = 0; y < P; ++y) {
+      lo[y] = E::load(x + e + y * L), hi[y] = E::load(x + J + e + y * L);
+      pos::rotate_pair(lo[y], hi[y], V::load(c + e + y * L), V::load(s + e + y * L));
+      squares = fma(lo[y], lo[y], fma(hi[y], hi[y], squares));
+    }
+    store_operand<Op>(out + e / P, lo);
+    store_operand<Op>(out + (J + e) / P, hi);
+  }
+  for (int64_t e = 2 * J; e < D; e += L * P) {
+    V part[P];
+    for (int y = 0; y < P; ++y) {
+      part[y] = E::load(x + e + y * L);
+      squares = fma(part[y], part[y], squares);
+    }
+    store_operand<Op>(out + e / P, part);
+  }
+  return squares;
 }
 
 // The transpose of R rows of n scalars (pitch ldx) as a B operand: b[k][r], k in units, pitch ldb, rows from R to
