@@ -447,14 +447,16 @@ struct Backward {
     for (int part = 0; part < regions; ++part) {
       if (!reaches(call, part, I0, lanes)) continue;
       const Rope turn = region_rope<S>(p.q_rope, part);
-      for (int64_t r = 0; r < rows; ++r) {
-        S* row = w.rows + r * p.D;
-        load_turned(row, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
-        if (!measured) w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(w.scale->c[r])) * 1.0001);
+      U* qt = w.qt + part * qt_step();
+      if (want_k) {
+        for (int64_t r = 0; r < rows; ++r) load_turned(w.rows + r * p.D, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
+        pack_transposed<E>(qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
+        pack_block_rows(w.qr + part * qr_step(), dp, w.rows, p.D, rows, lanes);
+      } else {
+        pack_queries<E>(qt, p, turn, b, h, i0, rows, lanes, w.rows, w.tmp);
       }
+      if (!measured) w.scale->template measure<E>(qt, p.D / E::kPack, lanes);
       measured = true;
-      pack_transposed<E>(w.qt + part * qt_step(), kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
-      if (want_k) pack_block_rows(w.qr + part * qr_step(), dp, w.rows, p.D, rows, lanes);
     }
 
     x.hb.init(p, b, h, call.table_of(h), call.env_of(h));

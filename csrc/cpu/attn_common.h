@@ -738,23 +738,46 @@ FASTPE_INLINE Rope key_rope(const AttnParams& p, int x, int64_t j) {
   return region_rope<S>(p.k_rope, pos::region_by_key(p.region.kind) ? pos::region_of(p.region, 0, j) : x);
 }
 
-// Whether turn_operand makes the turned keys.
+// Whether turn_operand turns the rows.
 template <class E>
-FASTPE_INLINE bool turns_whole(const AttnParams& p) {
-  return p.k_rope.cos && p.rope_layout == RopeLayout::half && p.rope_pairs % turn_step<E>() == 0 && p.D % turn_step<E>() == 0;
+FASTPE_INLINE bool turns_whole(const AttnParams& p, const Rope& turn) {
+  return turn.cos && p.rope_layout == RopeLayout::half && p.rope_pairs % turn_step<E>() == 0 && p.D % turn_step<E>() == 0;
 }
 
+// The type whose rows are operands as they are.
+template <class E>
+constexpr DType kOwnType = E::kPack == 2 ? DType::bf16 : sizeof(typename E::S) == 8 ? DType::f64 : DType::f32;
 // Whether rows of x serve as A operands where they lie: of the operand's own type, one after the other. (Rows a power of two
 // apart would share few sets of a cache.)
 template <class E>
-FASTPE_INLINE bool in_place(const View& x, DType type, int64_t n) {
-  if (x.sn != n || n % E::kPack) return false;
-  return type == (E::kPack == 2 ? DType::bf16 : sizeof(typename E::S) == 8 ? DType::f64 : DType::f32);
-}
+FASTPE_INLINE bool in_place(const View& x, DType type, int64_t n) { return x.sn == n && n % E::kPack == 0 && type == kOwnType<E>; }
 template <class E>
 FASTPE_INLINE const typename E::U* operand_rows(const View& x, int64_t b, int64_t h) {
   constexpr int64_t size = int64_t(sizeof(typename E::U)) / E::kPack;
   return reinterpret_cast<const typename E::U*>(static_cast<const char*>(x.p) + (b * x.sb + h * x.sh) * size);
+}
+
+// Queries [i0, i0 + rows) of head h turned, as a B operand qt[unit][query] with zeros up to `lanes`. scalars and units: room for
+// all rows in either form.
+template <class E>
+FASTPE_INLINE void pack_queries(typename E::U* qt, const AttnParams& p, const Rope& turn, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, typename E::S* scalars, typename E::U* units) {
+  using S = typename E::S;
+  using U = typename E::U;
+  const int64_t ku = p.D / E::kPack;
+  if (!turn.cos && p.dtype == kOwnType<E> && p.q.sn % E::kPack == 0) {
+    transpose_units(qt, kBM, operand_rows<E>(p.q, b, h) + i0 * (p.q.sn / E::kPack), p.q.sn / E::kPack, rows, lanes, ku);
+  } else if (turns_whole<E>(p, turn)) {
+    U* turned = E::kPack == 1 ? reinterpret_cast<U*>(scalars) : units;
+    with_elements<S>(p.dtype, [&]<class From>(From) {
+      const auto* q = static_cast<const typename From::T*>(p.q.p) + b * p.q.sb + h * p.q.sh;
+      for (int64_t r = 0; r < rows; ++r)
+        turn_operand<E, From>(turned + r * ku, q + (i0 + r) * p.q.sn, at<S>(turn.cos, b, h, i0 + r), at<S>(turn.sin, b, h, i0 + r), p.rope_pairs, p.D);
+    });
+    transpose_units(qt, kBM, turned, ku, rows, lanes, ku);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) load_turned(scalars + r * p.D, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
+    pack_transposed<E>(qt, kBM, scalars, p.D, rows, lanes, p.D, units);
+  }
 }
 
 // Operand forms of keys and values of one (batch, kv head). Rows serve scores and dP; keys on the summed axis (At of gemm.h)
@@ -805,13 +828,14 @@ struct KVPack {
     }
     S biggest = 0;
     bool nan = false;
+    const auto measure = [&](S squares) {
+      if (squares > biggest) biggest = squares;
+      nan |= squares != squares;
+    };
     for (int x = copies(p) - 1; x >= 0; --x) {
       U* packed = k_own ? k_own + x * p.Nk * (p.D / E::kPack) : nullptr;
-      const auto measure = [&](S squares) {
-        if (squares > biggest) biggest = squares;
-        nan |= squares != squares;
-      };
-      if (packed && !k_pairs && turns_whole<E>(p)) {
+      U* pairs = k_pairs ? k_pairs + (x * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D) : nullptr;
+      if (packed && !pairs && turns_whole<E>(p, p.k_rope)) {
         with_elements<S>(p.dtype, [&]<class From>(From) {
           const auto* k = static_cast<const typename From::T*>(p.k.p) + b * p.k.sb + hk * p.k.sh;
           for (int64_t j = j0; j < j0 + n; ++j) {
@@ -821,6 +845,7 @@ struct KVPack {
         });
         continue;
       }
+      if (!p.k_rope.cos && repack(p.k, p.dtype, b, hk, j0, n, p.D, packed, pairs, measure)) continue;
       for (int64_t j = 0; j < n; ++j) {
         const S* row = rows + j * p.D;
         if constexpr (E::kPack == 1) {
@@ -832,20 +857,39 @@ struct KVPack {
         }
         measure(norm2(row, p.D));
       }
-      if (k_pairs) pack_rows<E>(k_pairs + (x * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D), pad(p.D), rows, p.D, n, p.D);
+      if (pairs) pack_rows<E>(pairs, pad(p.D), rows, p.D, n, p.D);
     }
     // Rounding of operands to bf16 moves a norm by less than 2^-8.
     k_norm[t] = nan ? kInf<S> : S(__builtin_sqrt(double(biggest))) * S(E::kPack == 2 ? 1.01 : 1.0001);
     if (!v_own && !v_pairs) return;
+    U* pairs = v_pairs ? v_pairs + t * kUnits * pad(p.Dv) : nullptr;
+    if (repack(p.v, p.dtype, b, hk, j0, n, p.Dv, v_own, pairs, [](S) {})) return;
     for (int64_t j = 0; j < n; ++j) {
       S* row = E::kPack == 1 ? reinterpret_cast<S*>(v_own) + (j0 + j) * p.Dv : rows + j * p.Dv;
       load_row(row, p.v, p.dtype, b, hk, j0 + j, p.Dv);
       if (E::kPack != 1 && v_own) pack_row<E>(v_own + (j0 + j) * (p.Dv / E::kPack), row, p.Dv);
     }
-    if (v_pairs) pack_rows<E>(v_pairs + t * kUnits * pad(p.Dv), pad(p.Dv), rows, p.Dv, n, p.Dv);
+    if (pairs) pack_rows<E>(pairs, pad(p.Dv), rows, p.Dv, n, p.Dv);
   }
 
  private:
+  // Tile [j0, j0 + n) of rows that hold bf16 pairs already: copies and zips them without a way through float32.
+  template <class Fn>
+  static bool repack(const View& x, DType type, int64_t b, int64_t hk, int64_t j0, int64_t n, int64_t D, U* packed, U* pairs, Fn&& measure) {
+#if defined(__AVX512BF16__)
+    if constexpr (E::kPack == 2) {
+      if (type != DType::bf16) return false;
+      const uint16_t* from = static_cast<const uint16_t*>(x.p) + b * x.sb + hk * x.sh + j0 * x.sn;
+      for (int64_t j = 0; j < n; ++j) {
+        if (packed) copy_row(reinterpret_cast<float*>(packed + (j0 + j) * (D / 2)), reinterpret_cast<const float*>(from + j * x.sn), D / 2);
+        measure(norm2_bf16(from + j * x.sn, D));
+      }
+      for (int64_t j = 0; pairs && j < n; j += 2) zip_bf16(pairs + j / 2 * pad(D), from + j * x.sn, j + 1 < n ? from + (j + 1) * x.sn : nullptr, D);
+      return true;
+    }
+#endif
+    return false;
+  }
   static void load_key(S* row, const AttnParams& p, int x, int64_t b, int64_t hk, int64_t j) {
     load_turned(row, p.k, p.dtype, p.D, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, b, hk, j);
   }
@@ -916,6 +960,20 @@ struct BlockScale {
   alignas(64) S c[kBM];    // scale * row_scale * log2 e
   alignas(64) S rho[kBM];  // scale * row_scale
   alignas(64) S qn[kBM];   // |q| * |c|
+
+  // qn from the packed queries and c; lanes whose c is 0 get 0.
+  template <class E>
+  FASTPE_INLINE void measure(const typename E::U* qt, int64_t ku, int64_t lanes) {
+    using V = Vec<S>;
+    for (int64_t l = 0; l < lanes; l += V::kLanes) {
+      V squares(S(0));
+      for (int64_t k = 0; k < ku; ++k) {
+        const auto q = E::load_b(qt + k * kBM + l);
+        squares = E::mac(squares, q, q);
+      }
+      (sqrt(squares) * abs(V::load(c + l)) * V(S(1.0001))).store(qn + l);
+    }
+  }
 };
 
 // Products in float32 although the inputs are bf16: sums of dS over many keys cancel to a small part of their terms, and P

@@ -243,22 +243,17 @@ struct Forward {
   void load_queries(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, const FwdScratch<E>& w) const {
     const int64_t I0 = i0 + call.offset;
     const S* rho = at<S>(p.row_scale, b, h);
-    for (int64_t r = 0; r < rows; ++r) w.scale->c[r] = S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1)) * S(kLog2e);
     for (int64_t r = 0; r < lanes; ++r) {
-      if (r >= rows) w.scale->c[r] = 0;
+      w.scale->c[r] = r < rows ? S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1)) * S(kLog2e) : S(0);
       w.scale->qn[r] = 0;
     }
     bool measured = false;  // turning keeps a row's length, and all regions share their amplitude
     for (int x = 0; x < pos::region_count(p.region.kind); ++x) {
       if (!reaches(call, x, I0, lanes)) continue;
-      const Rope turn = region_rope<S>(p.q_rope, x);
-      for (int64_t r = 0; r < rows; ++r) {
-        S* row = w.rows + r * p.D;
-        load_turned(row, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
-        if (!measured) w.scale->qn[r] = S(__builtin_sqrt(double(norm2(row, p.D)))) * S(__builtin_fabs(double(w.scale->c[r])) * 1.0001);
-      }
+      U* qt = w.qt + x * q_step();
+      pack_queries<E>(qt, p, region_rope<S>(p.q_rope, x), b, h, i0, rows, lanes, w.rows, w.tmp);
+      if (!measured) w.scale->template measure<E>(qt, p.D / E::kPack, lanes);
       measured = true;
-      pack_transposed<E>(w.qt + x * q_step(), kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
     }
   }
 

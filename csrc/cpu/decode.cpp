@@ -519,7 +519,7 @@ struct Decode {
     for (int64_t y = n; y < kKeys; ++y) rows[y] = kNothing;
   }
 
-  static constexpr DType kOwn = E::kPack == 2 ? DType::bf16 : sizeof(S) == 8 ? DType::f64 : DType::f32;
+  static constexpr DType kOwn = kOwnType<E>;
   // Whether rows of so many channels are used where they lie: they are operands already, or become so in registers
   // (for every four rows anew, hence a copy for more than eight).
   bool as_stored(int64_t channels) const { return channels % (L * E::kPack) == 0 && (p.dtype == kOwn || R <= 8); }
@@ -543,7 +543,7 @@ struct Decode {
   Rows16 keys_of(const Unit& u, const Tile& t, int64_t c, int x, Scratch& w) const {
     const char* const* stored = w.keys + (copies > 1 ? x : 0) * kKeys + c;
     if (!p.k_rope.cos && as_stored(p.D)) return {stored, p.dtype};
-    if (turns_whole<E>(p)) {
+    if (turns_whole<E>(p, p.k_rope)) {
       with_elements<S>(p.dtype, [&]<class From>(From) { turn_chunk<From>(u, t, c, x, stored, w); });
       return {w.k_rows, kOwn};
     }

@@ -202,19 +202,23 @@ FASTPE_INLINE Vec<typename Op::S> turn_operand(typename Op::U* __restrict out, c
   return squares;
 }
 
-// The transpose of R rows of n scalars (pitch ldx) as a B operand: b[k][r], k in units, pitch ldb, rows from R to
-// `lanes` zero. tmp: room for one row of units per row of x.
+// The transpose of R rows of ku units as a B operand: b[k][r], pitch ldb, rows from R to `lanes` zero.
+template <class U>
+FASTPE_INLINE void transpose_units(U* __restrict b, int64_t ldb, const U* __restrict x, int64_t ldx, int64_t R, int64_t lanes, int64_t ku) {
+  transpose(b, ldb, x, ldx, R, ku);
+  for (int64_t k = 0; k < ku; ++k)
+    for (int64_t r = R; r < lanes; ++r) b[k * ldb + r] = 0;
+}
+// The same of n scalars a row (pitch ldx). tmp: room for one row of units per row of x.
 template <class E>
 FASTPE_INLINE void pack_transposed(typename E::U* __restrict b, int64_t ldb, const typename E::S* __restrict x, int64_t ldx, int64_t R, int64_t lanes, int64_t n, typename E::U* tmp) {
   const int64_t ku = n / E::kPack;
   if constexpr (E::kPack == 1) {
-    transpose(b, ldb, x, ldx, R, ku);
+    transpose_units(b, ldb, x, ldx, R, lanes, ku);
   } else {
     for (int64_t r = 0; r < R; ++r) pack_row<E>(tmp + r * ku, x + r * ldx, n);
-    transpose(b, ldb, tmp, ku, R, ku);
+    transpose_units(b, ldb, tmp, ku, R, lanes, ku);
   }
-  for (int64_t k = 0; k < ku; ++k)
-    for (int64_t r = R; r < lanes; ++r) b[k * ldb + r] = 0;
 }
 
 #if defined(__AVX512BF16__)
@@ -222,6 +226,33 @@ FASTPE_INLINE void pack_transposed(typename E::U* __restrict b, int64_t ldb, con
 FASTPE_INLINE __m512i interleave_bf16(VF lo, VF hi) {
   alignas(64) static constexpr uint16_t kZip[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(kZip), (__m512i)_mm512_cvtne2ps_pbh(__m512(hi.v), __m512(lo.v)));
+}
+#endif
+
+// Squared length of a row of n bf16 numbers, and two such rows as one of n pairs, zeros up to a vector's multiple; hi may be
+// null.
+#if defined(__AVX512BF16__)
+FASTPE_INLINE float norm2_bf16(const uint16_t* x, int64_t n) {
+  VF acc(0.f);
+  int64_t d = 0;
+  for (; d + 2 * VF::kLanes <= n; d += 2 * VF::kLanes) {
+    const OpBF16::BVec v = OpBF16::load_b(reinterpret_cast<const uint32_t*>(x + d));
+    acc = OpBF16::mac(acc, v, v);
+  }
+  float sum = reduce_add(acc);
+  for (; d < n; ++d) sum += bf16_to_float(x[d]) * bf16_to_float(x[d]);
+  return sum;
+}
+FASTPE_INLINE void zip_bf16(uint32_t* __restrict out, const uint16_t* __restrict lo, const uint16_t* __restrict hi, int64_t n) {
+  constexpr int L = VF::kLanes;
+  int64_t d = 0;
+  for (; d + L <= n; d += L) {
+    const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(lo + d)));
+    const __m512i b = hi ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(hi + d))) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out + d, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  }
+  if (d == n) return;
+  for (int64_t e = d; e < d + L; ++e) out[e] = e < n ? uint32_t(lo[e]) | (hi ? uint32_t(hi[e]) << 16 : 0) : 0;
 }
 #endif
 

@@ -180,6 +180,21 @@ FASTPE_INLINE VF abs(VF a) {
 }
 FASTPE_INLINE VD abs(VD a) { return VD(VD::Raw(VD::RawInt(a.v) & 0x7fffffffffffffffll)); }
 
+FASTPE_INLINE VF sqrt(VF a) {
+#if defined(__AVX512F__)
+  return VF(VF::Raw(_mm512_sqrt_ps(__m512(a.v))));
+#elif defined(__AVX2__)
+  return VF(VF::Raw(_mm256_sqrt_ps(__m256(a.v))));
+#else
+  for (int l = 0; l < VF::kLanes; ++l) a.v[l] = __builtin_sqrtf(a.v[l]);
+  return a;
+#endif
+}
+FASTPE_INLINE VD sqrt(VD a) {
+  for (int l = 0; l < VD::kLanes; ++l) a.v[l] = __builtin_sqrt(a.v[l]);
+  return a;
+}
+
 template <class S> FASTPE_INLINE S reduce_max(Vec<S> a) {
   S m = a.v[0];
   for (int l = 1; l < Vec<S>::kLanes; ++l) m = m > a.v[l] ? m : a.v[l];
