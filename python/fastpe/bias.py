@@ -12,10 +12,12 @@ or in `RelativeFn`; a bias with a formula of its own needs a form in csrc/pos/bi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _check
 from ._call import Call, OpBias
@@ -220,7 +222,7 @@ def _phi(kind: str, d: Tensor, first: Tensor | None, second: Tensor | None) -> T
     if kind == "abs":
         return -d.abs()
     if kind == "log":
-        return -first * torch.log(1 + second * d.abs())
+        return -first * torch.log1p(second * d.abs())
     if kind == "logsq":
         return -torch.log(1 + d * d)
     # |D|^p is 0 at D = 0, and so are its derivatives there; 1 stands in where the power has none.
@@ -351,7 +353,7 @@ def _relative(
         gamma = call.aux(where, "row_weight", _last_rows(call, where, "row_weight", _tokens(row_weight))).contiguous()
     if params is not None:
         first, second = (_per_head(call, where, "params", x) for x in params)
-        packed = torch.stack(torch.broadcast_tensors(first, second), dim=-1)
+        packed = torch.stack((first, second) if first.shape == second.shape else torch.broadcast_tensors(first, second), dim=-1)
     return OpBias(FORMS[kind], params=packed, gamma=gamma, u=u, w=w, base=base)
 
 
@@ -469,11 +471,11 @@ class Alibi(Bias):
         return self.positions, self.key_positions
 
     def _slopes(self, call: Call) -> tuple[Tensor, Tensor]:
-        past = self.slopes
-        if isinstance(past, int):
-            past = alibi_slopes(past, device=call.device)
-        future = past if self.future_slopes is None else self.future_slopes
-        return tuple(_per_head(call, self._where, what, x) for what, x in (("slopes", past), ("future_slopes", future)))
+        slopes = self.slopes
+        if isinstance(slopes, int):
+            slopes = alibi_slopes(slopes, device=call.device)
+        past = _per_head(call, self._where, "slopes", slopes)
+        return past, past if self.future_slopes is None else _per_head(call, self._where, "future_slopes", self.future_slopes)
 
     def op_args(self, call: Call) -> OpBias:
         names = ("", "positions") if self.key_positions is None else ("positions", "key_positions")
@@ -513,13 +515,49 @@ def bipe_alibi(slopes: Tensor | int, segments: Tensor, *, factor: float = 96.0) 
 # Functions of the distance
 
 
+def _causal_distances(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device)
+
+
+def _two_sided_distances(far: int, device: torch.device) -> Tensor:
+    # The kernel's index is j - I, the negative of the distance.
+    return -torch.arange(-far, far + 1, device=device)
+
+
+def _measured(distances: Callable, n: int, device: torch.device, kind: type[_Distance], plain: tuple) -> Tensor:
+    return kind._measure(distances(n, device), *plain)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept(inference: bool, *args) -> Tensor:
+    return _measured(*args)
+
+
+def _measure_once(*args) -> Tensor:
+    """`_measured`, kept between calls: no tensor of the user's enters. The 14 small ops of T5's buckets took 4 % of a call of
+    1024 tokens. Anew where tensors are not plain memory of this process."""
+    _, n, device, *_ = args
+    if device.type != "cpu" or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or n > 1 << 16:
+        return _measured(*args)
+    return _kept(torch.is_inference_mode_enabled(), *args)
+
+
 class _Distance(Bias):
     """A bias T[h, I - j]. Subclasses give `_of_distance`, and `_reach` when it is constant from some distance on."""
 
     _where = "fastpe.bias"
 
+    @staticmethod
+    def _measure(d: Tensor, *plain) -> Tensor:
+        """What `_of_distance` takes of the int64 distances d = I - j, any shape -> the same shape; the distances themselves."""
+        return d
+
+    def _plain(self, dtype: torch.dtype) -> tuple:
+        """What `_measure` needs beside the distances: plain hashable values, no tensors."""
+        return ()
+
     def _of_distance(self, call: Call, d: Tensor, dtype: torch.dtype) -> Tensor:
-        """The bias at the int64 distances d = I - j, any shape S -> (H|1, *S) in dtype."""
+        """The bias at the distances, measured, any shape S -> (H|1, *S) in dtype."""
         raise NotImplementedError
 
     def _reach(self) -> int | None:
@@ -533,13 +571,12 @@ class _Distance(Bias):
     def op_args(self, call: Call) -> OpBias:
         reach = self._reach()
         if call.causal:
-            d = torch.arange(torch.sym_max(call.Nk, 1) if reach is None else reach + 1, device=call.device)
+            distances, n = _causal_distances, torch.sym_max(call.Nk, 1) if reach is None else reach + 1
             form = "table_causal"
         else:
-            far = torch.sym_max(torch.sym_max(call.Nq, call.Nk) - 1, 0) if reach is None else reach
-            # The kernel's index is j - I, the negative of the distance.
-            d = -torch.arange(-far, far + 1, device=call.device)
+            distances, n = _two_sided_distances, torch.sym_max(torch.sym_max(call.Nq, call.Nk) - 1, 0) if reach is None else reach
             form = "table"
+        d = _measure_once(distances, n, call.device, type(self), self._plain(call.dtype))
         omega = self._omega(call, d, call.dtype)
         return OpBias(
             FORMS[form],
@@ -548,7 +585,8 @@ class _Distance(Bias):
         )
 
     def materialize(self, call: Call) -> Tensor:
-        return self._of_distance(call, call.distance(), torch.float64)[None]
+        d = self._measure(call.distance(), *self._plain(torch.float64))
+        return self._of_distance(call, d, torch.float64)[None]
 
     def multiplier(self, call: Call) -> Tensor | None:
         omega = self._omega(call, call.distance(), torch.float64)
@@ -603,16 +641,22 @@ class Kerple(_Distance):
             if x.dim() != 1:
                 raise ValueError(f"{self._where}: {what} must be (H,), got {_check.shape(x)}")
 
+    @staticmethod
+    def _measure(d: Tensor, dtype: torch.dtype) -> Tensor:
+        return d.to(dtype)
+
+    def _plain(self, dtype: torch.dtype) -> tuple:
+        return (dtype,)
+
     def _omega(self, call: Call, d: Tensor, dtype: torch.dtype) -> Tensor | None:
         if self.weight_p is None:
             return None
         p, a = (_head_vector(call, self._where, what, getattr(self, what), dtype, d) for what in ("weight_p", "weight_a"))
-        return torch.exp(_phi("power", d.abs().to(dtype)[None], a, p))
+        return torch.exp(_phi("power", d.to(dtype)[None], a, p))
 
     def _of_distance(self, call: Call, d: Tensor, dtype: torch.dtype) -> Tensor:
         p, a = (_head_vector(call, self._where, what, getattr(self, what), dtype, d) for what in ("p", "a"))
-        size = d.abs().to(dtype)[None]
-        return _phi("log", size, p, a) if self.kind == "log" else _phi("power", size, a, p)
+        return _phi("log", d[None], p, a) if self.kind == "log" else _phi("power", d[None], a, p)
 
 
 @_define
@@ -861,17 +905,21 @@ class T5(_Distance):
     def _reach(self) -> int:
         return self.max_distance
 
+    @staticmethod
+    def _measure(d: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+        return t5_bucket(-d, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance)
+
+    def _plain(self, dtype: torch.dtype) -> tuple:
+        return self.bidirectional, self.table.shape[0], self.max_distance
+
     def _of_distance(self, call: Call, d: Tensor, dtype: torch.dtype) -> Tensor:
         _check.on_device(self._where, "table", self.table, call.device)
         if self.table.shape[1] not in (1, call.H):
             raise ValueError(f"{self._where}: table has {self.table.shape[1]} heads, the call has {call.H}")
-        bucket = t5_bucket(
-            -d, bidirectional=self.bidirectional, num_buckets=self.table.shape[0], max_distance=self.max_distance
-        )
         table = self.table.to(dtype)
         if self.factor != 1.0:
             table = self.factor * table
-        return table.t()[:, bucket]
+        return table.t()[:, d]
 
 
 @_define
