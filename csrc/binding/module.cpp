@@ -157,6 +157,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("scratch_use", &scratch_use, "Bytes of scratch memory kept for the next call and lent to running ones.");
   m.def("scratch_trim", &cpu::scratch_trim, "Give the kept scratch memory back.");
+  m.def(
+      "ask_for_huge_pages", [](uintptr_t address, size_t bytes) { cpu::ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"), "Ask the system to hold this memory in huge pages where it covers whole ones.");
 
   m.def("phase", &phase, py::arg("position"), py::arg("inv_freq"), "Angle as (rest in turns, quarter turns).");
   m.def("cos_sin", &cos_sin, py::arg("position"), py::arg("inv_freq"), py::arg("float32_product") = false, "(cos, sin) of one angle, float32.");

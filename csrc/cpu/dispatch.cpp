@@ -90,6 +90,8 @@ std::atomic<const KernelTable*> g_table{nullptr};
 
 // ---- scratch memory ---------------------------------------------------------------------------------------------
 
+constexpr size_t kHugePage = size_t(2) << 20;
+
 class Arena {
  public:
   void* alloc(size_t bytes) {
@@ -111,9 +113,7 @@ class Arena {
     }
     void* p = std::aligned_alloc(align, want);
     if (!p) throw std::bad_alloc();
-#if defined(__linux__)
-    if (align == kHugePage) madvise(p, want, MADV_HUGEPAGE);  // a wish: failure changes nothing
-#endif
+    if (align == kHugePage) ask_for_huge_pages(p, want);
     std::lock_guard<std::mutex> lock(mutex_);
     lend(p, want);
     return p;
@@ -163,7 +163,6 @@ class Arena {
 
  private:
   static constexpr size_t kAlign = 64, kKeep = size_t(64) << 20;
-static constexpr size_t kHugePage = size_t(2) << 20;
   void lend(void* p, size_t bytes) {
     lent_.emplace(p, bytes);
     lent_bytes_ += bytes;
@@ -217,6 +216,14 @@ void* scratch_alloc(size_t bytes) { return arena().alloc(bytes); }
 void scratch_release(void* p) { arena().release(p); }
 ScratchUse scratch_use() { return arena().use(); }
 void scratch_trim() { arena().trim(); }
+
+void ask_for_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+#endif
+}
 
 bool tile_stats_on() { return g_stats_on.load(std::memory_order_relaxed); }
 void set_tile_stats(bool on) { g_stats_on.store(on, std::memory_order_relaxed); }

@@ -27,6 +27,9 @@ struct ScratchUse {
 FASTPE_API ScratchUse scratch_use();
 FASTPE_API void scratch_trim();  // gives the kept blocks back
 
+// Asks the system to hold this memory in huge pages, as far as it covers whole ones. A wish: nothing tells whether it was granted.
+FASTPE_API void ask_for_huge_pages(void* p, size_t bytes);
+
 // Counters of tiles, off at first. Calls that run while they are on add to them.
 FASTPE_API bool tile_stats_on();
 FASTPE_API void set_tile_stats(bool on);

@@ -71,13 +71,20 @@ def grouped_softmax_attention(query, key, value, is_landmark, real=None, scale=N
     mark, block = mark[:, None, :], block[:, None, :]
     a = _softmax(s, (seen & ~mark & (block == own) | seen & mark & (block < own))[:, None])
 
-    # P(i, j) of an earlier block: the share of its landmark times the softmax inside the block.
+    # P(i, j) of an earlier block: the share of its landmark times the softmax inside the block. The blocks of a sequence
+    # divide its keys, so each is formed on its own columns.
+    def earlier(b: int) -> Tensor:
+        sizes = torch.bincount(block[b, 0]).tolist()
+        columns = [x[b].split(sizes, -1) for x in (s, seen, mark, a.probability)]
+        parts = []
+        for c, (s_c, seen_c, mark_c, probability) in enumerate(zip(*columns, strict=True)):
+            inner = _softmax(s_c, seen_c & ~mark_c & (own[b] > c)).probability
+            parts.append(torch.where(mark_c, probability, 0.0).sum(-1, keepdim=True) * inner)
+        return torch.cat(parts, -1)
+
     p = torch.where(mark[:, None], 0.0, a.probability)
-    for c in range(int(block.max()) + 1 if Nk else 0):
-        inside = (block == c)[:, None]
-        inner = _softmax(s, inside & (seen & ~mark & (own > c))[:, None]).probability
-        share = torch.where(inside & mark[:, None], a.probability, 0.0).sum(-1, keepdim=True)
-        p = p + share * inner
+    if B and Nk:
+        p = p + torch.stack([earlier(b) for b in range(B)])
     return p.to(value.dtype) @ value, a.lse
 
 

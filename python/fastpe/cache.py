@@ -10,6 +10,7 @@ from . import _check
 from ._call import Call, TurnedCall
 from ._cope import Contextual
 from ._decode import run, takes
+from ._load import _C
 from ._rope import Rope, XposRope
 from .attention import _LAYOUTS, _check_kinds, _check_qkv, _fwd, _plan, _ready, _region_rotation, _rotation, attention
 from .mask import Mask, causal
@@ -22,6 +23,15 @@ Tensor = torch.Tensor
 
 _WHERE = "fastpe.KVCache"
 _FEW = 8  # queries of a head up to which csrc/cpu/decode.cpp serves a call: tiles::kFewQueries
+
+
+def _room(*shape: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """Uninitialised memory, on a CPU in huge pages if the system grants them: keys are read once a step and seldom in
+    order, so that the translation of addresses is part of the time (benchmarks/decoding.py)."""
+    x = torch.empty(*shape, dtype=dtype, device=device)
+    if x.device.type == "cpu" and type(x) is Tensor:
+        _C.ask_for_huge_pages(x.data_ptr(), x.numel() * x.element_size())
+    return x
 
 
 @dataclasses.dataclass
@@ -60,7 +70,8 @@ class KVCache:
         rotated: keep keys turned. Plain rotation, dual chunk, STRING, StreamingLLM and memory keys take the room of raw keys;
             Self-Extend, ReRoPE, Leaky ReRoPE and WRoPE keep two copies of K, one turned for near and one for far.
         page_size: tokens of a page, a multiple of 16; None: one block of memory for each sequence. Pages are read in place.
-        dtype: of keys and values, default float32. device: default CPU.
+        dtype: of keys and values, default float32. device: default CPU, where memory comes in huge pages of 2 MiB, as it is
+            written, if Linux grants them.
 
     Attributes:
         length: tokens held.
@@ -126,15 +137,15 @@ class KVCache:
         self._next = 0  # the position of the next token
         copies = len(region.kept_keys(_WHERE, self.positions)) if rotated and region is not None else 1
         if page_size is None:
-            self._keys = [torch.empty(batch, heads, capacity, channels, dtype=dtype, device=device) for _ in range(copies)]
-            self._value = torch.empty(batch, heads, capacity, value_channels, dtype=dtype, device=device)
+            self._keys = [_room(batch, heads, capacity, channels, dtype=dtype, device=device) for _ in range(copies)]
+            self._value = _room(batch, heads, capacity, value_channels, dtype=dtype, device=device)
             return
         _check.count(_WHERE, "page_size", page_size, 16)
         if page_size % 16 or capacity % page_size:
             raise ValueError(f"{_WHERE}: page_size must be a multiple of 16 that divides capacity {capacity}, got {page_size}")
         pages = capacity // page_size
-        keys = [torch.empty(pages, heads, page_size, channels, dtype=dtype, device=device) for _ in range(copies)]
-        self._pool = _Pool(keys, torch.empty(pages, heads, page_size, value_channels, dtype=dtype, device=device), [0] * pages)
+        keys = [_room(pages, heads, page_size, channels, dtype=dtype, device=device) for _ in range(copies)]
+        self._pool = _Pool(keys, _room(pages, heads, page_size, value_channels, dtype=dtype, device=device), [0] * pages)
         self._pages: list[list[int]] = [[] for _ in range(batch)]
 
     def __repr__(self) -> str:

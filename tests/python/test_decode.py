@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -471,6 +474,27 @@ def test_fork_and_reorder(page_size):
     if page_size:
         beams.release()
         assert cache._pool.free == free and torch.equal(cache.key, k)
+
+
+def flags_of(address: int) -> list[str]:
+    """What Linux notes about the piece of memory that holds the address."""
+    inside = False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.parametrize("page_size", [None, 64])
+def test_a_large_cache_asks_for_huge_pages(page_size):
+    if not pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("this system has no transparent huge pages")
+    cache = fastpe.KVCache(1, 2, 64, capacity=32768, page_size=page_size)  # 16 MiB each for keys and values
+    held = [cache._keys[0], cache._value] if page_size is None else [cache._pool.keys[0], cache._pool.value]
+    for x in held:
+        assert "hg" in flags_of(x.data_ptr() + 8 * 2**20)
 
 
 @pytest.mark.parametrize("page_size", (None, 16))
