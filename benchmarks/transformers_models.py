@@ -1,6 +1,6 @@
 """Tokens per second of transformers models on fastpe, "eager", "sdpa" and "flex_attention": prefill, decode, training step; memory.
 
-    python benchmarks/transformers_models.py                              # about fifteen minutes on one core
+    python benchmarks/transformers_models.py                              # about half an hour on one core
     python benchmarks/transformers_models.py --models llama,t5 --modes train
     python benchmarks/transformers_models.py --json benchmarks/results/transformers_models.json
 
@@ -12,6 +12,8 @@ compared with eager's before it is timed. A candidate that cannot run is a row t
 from __future__ import annotations
 
 import argparse
+import json
+import pathlib
 import warnings
 
 from timing import interleave, keep_freed_memory, machine, peak_extra_bytes, write_json
@@ -63,7 +65,7 @@ MODELS = {
 MODES = ("prefill", "decode", "train", "memory")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREFILL, TRAIN = 2048, 1024
-ROWS: list[dict] = []
+RESULTS: list[pathlib.Path] = []  # the results file, if one is asked for
 
 
 def build(name: str, backend: str, dtype: torch.dtype):
@@ -97,7 +99,7 @@ def prefill(name: str, model):
 
 
 def decode(name: str, model):
-    """The step that reads token PREFILL + 1; the cache is cut back to PREFILL after each."""
+    """The steps that read token PREFILL + 1 and the few after it."""
     with torch.no_grad():
         first = model(**inputs(name, PREFILL), use_cache=True)
     cache = first.past_key_values
@@ -110,9 +112,7 @@ def decode(name: str, model):
 
     @torch.no_grad()
     def call():
-        out = model(**step).logits
-        cache.crop(-1)
-        return out
+        return model(**step).logits
 
     return call
 
@@ -148,6 +148,8 @@ def measure(name: str, mode: str, dtype: str, backends: tuple[str, ...]) -> None
             candidates[backend] = call
         except Exception as error:  # noqa: BLE001  what a peer cannot do is a result
             why[backend] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    if "fastpe" not in candidates:
+        raise SystemExit(f"transformers_models: {name} {mode} {dtype}: fastpe: {why['fastpe']}")
     times = interleave(candidates, rounds=7 if mode == "decode" else 3)
     over = {b: t.over(times["fastpe"]) for b, t in times.items() if b != "fastpe"}
     row = {"model": name, "mode": mode, "dtype": dtype, "tokens": PREFILL if mode != "train" else TRAIN}
@@ -169,7 +171,14 @@ def memory(name: str, dtype: str, backends: tuple[str, ...]) -> None:
 
 
 def report(row: dict) -> None:
-    ROWS.append(row)
+    """Prints the row and puts it into the results file, in the place of an earlier one of the same case."""
+    if RESULTS:
+        facts = machine()
+        row["machine"] = {x: facts[x] for x in ("cpu", "torch", "commit", "date")} | {"isa": facts["fastpe"]["isa"]}
+        rows = json.loads(RESULTS[0].read_text())["rows"] if RESULTS[0].exists() else []
+        case = ("model", "mode", "dtype")
+        rows = [r for r in rows if any(r[x] != row[x] for x in case)] + [row]
+        write_json(RESULTS[0], {"machine": facts, "rows": rows})
     shown = row.get("tokens_per_s") or row["extra_mb"]
     text = "  ".join(f"{b} {x:.1f}" for b, x in shown.items())
     ratios = "  ".join(f"{b} {x:.2f}" for b, x in row["ratio"].items())
@@ -182,17 +191,17 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES), help="comma-separated")
     parser.add_argument("--dtypes", default="fp32,bf16", help="comma-separated")
     parser.add_argument("--backends", default=",".join(_BACKENDS), help="comma-separated, beside fastpe")
-    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--json", help="write every row here as it is measured; rows of other cases are kept")
     args = parser.parse_args()
     backends = tuple(args.backends.split(","))
+    if args.json:
+        RESULTS.append(pathlib.Path(args.json))
     torch.set_num_threads(1)
     hf.register()
     for name in args.models.split(","):
         for mode in args.modes.split(","):
             for dtype in args.dtypes.split(","):
                 memory(name, dtype, backends) if mode == "memory" else measure(name, mode, dtype, backends)
-    if args.json:
-        write_json(args.json, {"machine": machine(), "rows": ROWS})
 
 
 if __name__ == "__main__":

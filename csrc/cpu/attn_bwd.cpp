@@ -103,34 +103,79 @@ struct BwdScratch {
   }
 };
 
-// P over s and dS over ds for keys [js, je), one vector of queries after the other.
+// What becomes of P and dS of a tile. Where nothing else reads them they go straight to the form the products take, dS times
+// the softmax scale: in float32 where they stand, in bf16 to pa (P by key), dsa and dsb (dS by key and in pairs of keys).
+template <class E>
+struct GradTo {
+  const typename E::S* rho;  // by lane
+  bool keep, operands;       // over s and ds, without the scale; as operands
+  typename E::U *pa, *dsa, *dsb;
+};
+
+// P and dS of keys [js, je), js at a whole unit, one vector of queries after the other.
 template <class E, Kind K, class Phi, bool Masked>
-FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<typename E::S>& mask, const typename E::S* c, const typename E::S* lse, const typename E::S* delta, typename E::S* s, typename E::S* ds, int64_t js, int64_t je, int64_t lanes) {
+FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<typename E::S>& mask, const typename E::S* c, const typename E::S* lse, const typename E::S* delta, typename E::S* s, typename E::S* ds, const GradTo<E>& to, int64_t js, int64_t je, int64_t lanes) {
   using V = Vec<typename E::S>;
   using S = typename E::S;
   constexpr int L = V::kLanes;
+  // dS = P (dP rho - delta rho): the scale costs nothing in a multiply-add.
+  const bool scaled = !to.keep;
   const auto group = [&](auto count, int64_t l0) {
     constexpr int G = decltype(count)::value;
     ScoreAt<K, Phi, S> at[G];
-    V dv[G];
+    V dv[G], rho[G];
     for (int g = 0; g < G; ++g) {
       at[g] = {t, l0 + g * L, V::load(c + l0 + g * L), V(S(0)) - V::load(lse + l0 + g * L)};
-      dv[g] = V::load(delta + l0 + g * L);
+      rho[g] = scaled ? V::load(to.rho + l0 + g * L) : V(S(1));
+      dv[g] = V(S(0)) - V::load(delta + l0 + g * L) * rho[g];
     }
-    for (int64_t j = js; j < je; ++j) {
-      S* sr = s + j * kPitch<S> + l0;
-      S* dr = ds + j * kPitch<S> + l0;
+    const auto pair = [&](int64_t j, int g, V& pv, V& d) {
+      V x = at[g](t, j, l0 + g * L, V::load(s + j * kPitch<S> + l0 + g * L));
+      if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
+      pv = exp2(x);
+      d = pv * fma(V::load(ds + j * kPitch<S> + l0 + g * L), rho[g], dv[g]);
+      // An infinite dO times a hidden key must not leak: dS is 0 where P is masked.
+      if constexpr (Masked) d = select(pv == V(S(0)), V(S(0)), d);
+    };
+    if constexpr (E::kPack == 1) {
+      for (int64_t j = js; j < je; ++j)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        V x = at[g](t, j, l0 + g * L, V::load(sr + g * L));
-        if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
-        const V pv = exp2(x);
-        pv.store(sr + g * L);
-        V d = pv * (V::load(dr + g * L) - dv[g]);
-        // An infinite dO times a hidden key must not leak: dS is 0 where P is masked.
-        if constexpr (Masked) d = select(pv == V(S(0)), V(S(0)), d);
-        d.store(dr + g * L);
+        for (int g = 0; g < G; ++g) {
+          V pv, d;
+          pair(j, g, pv, d);
+          pv.store(s + j * kPitch<S> + l0 + g * L);
+          d.store(ds + j * kPitch<S> + l0 + g * L);
+        }
+    } else {
+#if defined(__AVX512BF16__)
+      const auto by_key = [](uint16_t* y, __m512i both, bool two) {
+        _mm256_storeu_si256((__m256i*)y, (__m256i)__builtin_shufflevector(both, both, 0, 1, 2, 3));
+        if (two) _mm256_storeu_si256((__m256i*)(y + kBM), (__m256i)__builtin_shufflevector(both, both, 4, 5, 6, 7));
+      };
+      for (int64_t j = js; j < je; j += 2) {
+        const bool two = j + 1 < je;
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) {
+          V p0, p1(S(0)), d0, d1(S(0));
+          pair(j, g, p0, d0);
+          if (two) pair(j + 1, g, p1, d1);
+          const int64_t l = l0 + g * L, at = j * kPitch<S> + l;
+          if (to.keep) {
+            p0.store(s + at), d0.store(ds + at);
+            if (two) p1.store(s + at + kPitch<S>), d1.store(ds + at + kPitch<S>);
+          }
+          if (!to.operands) continue;
+          if (to.keep) {
+            const V r = V::load(to.rho + l);
+            d0 = d0 * r, d1 = d1 * r;
+          }
+          by_key(reinterpret_cast<uint16_t*>(to.pa) + j * kBM + l, two_bf16(p0, p1), two);
+          const __m512i dd = two_bf16(d0, d1);
+          by_key(reinterpret_cast<uint16_t*>(to.dsa) + j * kBM + l, dd, two);
+          _mm512_storeu_si512(to.dsb + j / 2 * kBM + l, zip_halves(dd));
+        }
       }
+#endif
     }
   };
   int64_t l = 0;
@@ -577,6 +622,11 @@ struct Backward {
       for (int64_t l = 0; l < kBM; ++l) ones[l] = 1;
     const int only = only_region(mask, j0 + js, j0 + je, lanes);
 
+    // dS is what the products take as soon as it is formed, unless a factor of the score comes between.
+    const bool last = !(p.softcap > 0) && !p.bias.factor && !p.bias.omega;
+    const bool read = !last || want_bias || want_strips || want_rho || only < 0;
+    const bool finished = E::kPack == 1 ? !read : last && only >= 0;
+    const GradTo<E> to{w.scale->rho, read, finished, w.pa, w.dsa, w.dsb};
     if (w.terms) terms.start_tile(j0, js, je);
     for (int64_t c0 = js; c0 < je; c0 += kChunk) {
       const int64_t c1 = c0 + kChunk < je ? c0 + kChunk : je;
@@ -587,8 +637,8 @@ struct Backward {
       with_kind(p.softcap_bias ? Kind::none : tb.kind, tb.form, [&](auto kind, auto phi) {
         constexpr Kind K = decltype(kind)::value;
         using Phi = decltype(phi);
-        if (masked) grad_pass<E, K, Phi, true>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
-        else grad_pass<E, K, Phi, false>(tb, mask, ce, w.lse, w.delta, s, ds, c0, c1, lanes);
+        if (masked) grad_pass<E, K, Phi, true>(tb, mask, ce, w.lse, w.delta, s, ds, to, c0, c1, lanes);
+        else grad_pass<E, K, Phi, false>(tb, mask, ce, w.lse, w.delta, s, ds, to, c0, c1, lanes);
       });
       // dS -> gradient of what each step of the score put out, back to the product.
       if (p.softcap_bias) times(ds, w.cap, c0, c1, lanes);
@@ -598,7 +648,7 @@ struct Backward {
       if (p.bias.factor) factor_grads(terms, w, bg, ds, c0, c1, I0, j0);
       if (p.bias.omega) omega_grads(terms, w, bg, ds, c0, c1, lanes, I0, j0);
       if (want_rho) rho_grads(w, ds, c0, c1, lanes);
-      finish_ds(w, s, ds, c0, c1, lanes, only < 0);
+      if (!finished) finish_ds(w, s, ds, c0, c1, lanes, only < 0);
     }
     if constexpr (E::kPack == 1)
       if (want_strips) w.strips.finish_tile(call.row_strip, call.col_strip, terms.h, lanes, j0, want_row_q, bg.row_e, bg.col_k, bg.col_e);

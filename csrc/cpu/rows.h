@@ -222,11 +222,13 @@ FASTPE_INLINE void pack_transposed(typename E::U* __restrict b, int64_t ldb, con
 }
 
 #if defined(__AVX512BF16__)
-// Two vectors to interleaved bf16 pairs: lane l of the result holds (lo[l], hi[l]).
-FASTPE_INLINE __m512i interleave_bf16(VF lo, VF hi) {
+// Two vectors as bf16, one after the other; their lanes as pairs: lane l of the result holds (lo[l], hi[l]).
+FASTPE_INLINE __m512i two_bf16(VF lo, VF hi) { return (__m512i)_mm512_cvtne2ps_pbh(__m512(hi.v), __m512(lo.v)); }
+FASTPE_INLINE __m512i zip_halves(__m512i x) {
   alignas(64) static constexpr uint16_t kZip[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kZip), (__m512i)_mm512_cvtne2ps_pbh(__m512(hi.v), __m512(lo.v)));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kZip), x);
 }
+FASTPE_INLINE __m512i interleave_bf16(VF lo, VF hi) { return zip_halves(two_bf16(lo, hi)); }
 #endif
 
 // Squared length of a row of n bf16 numbers, and two such rows as one of n pairs, zeros up to a vector's multiple; hi may be
