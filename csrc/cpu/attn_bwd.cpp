@@ -103,13 +103,14 @@ struct BwdScratch {
   }
 };
 
-// What becomes of P and dS of a tile. Where nothing else reads them they go straight to the form the products take, dS times
-// the softmax scale: in float32 where they stand, in bf16 to pa (P by key), dsa and dsb (dS by key and in pairs of keys).
+// What becomes of P and dS of a tile. In float32 they serve the products where they stand, and the softmax scale waits: Q
+// carries it into dK, dQ takes it at its end. In bf16, where dS is rounded anyhow, dS times the scale is an operand of its own;
+// P and dS go straight to that form where nothing else reads them.
 template <class E>
 struct GradTo {
-  const typename E::S* rho;  // by lane
-  bool keep, operands;       // over s and ds, without the scale; as operands
-  typename E::U *pa, *dsa, *dsb;
+  const typename E::S* rho;       // the softmax scale by lane
+  bool keep, operands;            // bf16: over s and ds, without the scale; to the three below
+  typename E::U *pa, *dsa, *dsb;  // P by key, dS by key, dS in pairs of keys
 };
 
 // P and dS of keys [js, je), js at a whole unit, one vector of queries after the other.
@@ -119,7 +120,7 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
   using S = typename E::S;
   constexpr int L = V::kLanes;
   // dS = P (dP rho - delta rho): the scale costs nothing in a multiply-add.
-  const bool scaled = !to.keep;
+  const bool scaled = E::kPack == 2 && !to.keep;
   const auto group = [&](auto count, int64_t l0) {
     constexpr int G = decltype(count)::value;
     ScoreAt<K, Phi, S> at[G];
@@ -496,6 +497,8 @@ struct Backward {
       if (want_k) {
         for (int64_t r = 0; r < rows; ++r) load_turned(w.rows + r * p.D, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
         pack_transposed<E>(qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
+        for (int64_t r = 0; E::kPack == 1 && r < rows; ++r)
+          for (int64_t d = 0; d < p.D; ++d) w.rows[r * p.D + d] *= w.scale->rho[r];
         pack_block_rows(w.qr + part * qr_step(), dp, w.rows, p.D, rows, lanes);
       } else {
         pack_queries<E>(qt, p, turn, b, h, i0, rows, lanes, w.rows, w.tmp);
@@ -562,7 +565,10 @@ struct Backward {
     for (int x = 0; x < regions; ++x) {
       if (!(touched >> x & 1)) continue;
       const Rope turn = region_rope<S>(p.q_rope, x);
-      transpose(w.rows, p.D, w.dq + x * p.D * kBM, kBM, p.D, rows);
+      S* dq = w.dq + x * p.D * kBM;
+      for (int64_t d = 0; E::kPack == 1 && d < p.D; ++d)
+        for (int64_t l = 0; l < rows; l += L) (V::load(dq + d * kBM + l) * V::load(w.scale->rho + l)).store(dq + d * kBM + l);
+      transpose(w.rows, p.D, dq, kBM, p.D, rows);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * p.D;
         turn_back(row, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
@@ -625,7 +631,7 @@ struct Backward {
     // dS is what the products take as soon as it is formed, unless a factor of the score comes between.
     const bool last = !(p.softcap > 0) && !p.bias.factor && !p.bias.omega;
     const bool read = !last || want_bias || want_strips || want_rho || only < 0;
-    const bool finished = E::kPack == 1 ? !read : last && only >= 0;
+    const bool finished = E::kPack == 1 || (last && only >= 0);
     const GradTo<E> to{w.scale->rho, read, finished, w.pa, w.dsa, w.dsb};
     if (w.terms) terms.start_tile(j0, js, je);
     for (int64_t c0 = js; c0 < je; c0 += kChunk) {
@@ -720,22 +726,16 @@ struct Backward {
     }
   }
 
-  // dS -> dx times the softmax scale, and the bf16 operand forms.
+  // bf16: P and dS as operands, where grad_pass has not made them.
   void finish_ds(BwdScratch<E>& w, S* s, S* ds, int64_t c0, int64_t c1, int64_t lanes, bool mixed) {
-    constexpr int64_t P = kPitch<S>;
-    const bool products = want_q || want_k;
-    if constexpr (E::kPack == 1) {
-      for (int64_t l = 0; products && l < lanes; l += L) {
-        const V rho = V::load(w.scale->rho + l);
-        for (int64_t j = c0; j < c1; ++j) (V::load(ds + j * P + l) * rho).store(ds + j * P + l);
-      }
-    } else {
 #if defined(__AVX512BF16__)
+    constexpr int64_t P = kPitch<S>;
+    if constexpr (E::kPack == 2) {
       for (int64_t l = 0; l < lanes; l += L)
         for (int64_t j = c0; j < c1; ++j) store_bf16(reinterpret_cast<uint16_t*>(w.pa) + j * kBM + l, V::load(s + j * P + l));
-      if (products && !mixed) operands_of_ds(w, ds, c0, c1, lanes);
-#endif
+      if ((want_q || want_k) && !mixed) operands_of_ds(w, ds, c0, c1, lanes);
     }
+#endif
   }
 
   // bf16: dx times the softmax scale by key, and in pairs of keys; c0 at a whole pair.
