@@ -49,6 +49,7 @@ inline void check_supported(const char* op, const AttnParams& p) {
 
 template <class Queue>
 void run_decode(const char* op, const Tensor& q, const DecodeParams& d, int64_t page_count, int64_t turns) {
+  check(op, d.attn.Nk <= std::numeric_limits<int32_t>::max(), "the kernel for few queries takes at most 2^31 - 1 keys, got ", d.attn.Nk);
   Queue queue(q);
   const Workspace w(q, cuda::attn_decode_workspace(d));
   started(op, cuda::attn_decode(d, page_count, turns, w.base, queue.stream()));

@@ -30,6 +30,8 @@ constexpr int kMaxDecodeSplits = 32;  // attn_join_kernel has a lane for each
 template <int kD>
 struct DecodeTile {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  // Blocks that registers leave room for on a multiprocessor: reads in flight are what decoding lives on.
+  static constexpr int kBlocks = kD <= 64 ? 4 : kD <= 128 ? 3 : 1;
   static constexpr uint32_t kTileBytes = kDecodeKeys * kD * 2, kWarpBytes = 4 * kTileBytes;
   static constexpr uint32_t kState = 0, kQ = kWarps * kDecodeRows * 8;
   static constexpr uint32_t bytes(int regions) { return kQ + uint32_t(regions) * kTileBytes + kWarps * kWarpBytes; }
@@ -81,16 +83,37 @@ FASTPE_DEVICE Scores scores_of(const AttnParams& p) {
   return k == Kind::none ? Scores::plain : Scores::rel;
 }
 
-// Out of line: composing is many instructions, and a lane has eight scores.
-FASTPE_NOINLINE float decode_score(const AttnParams& p, Softcap cap, int64_t b, int64_t h, int64_t i, int64_t shift, int64_t j, float product, float d, float gm, float p0, float p1) {
-  return compose(p, cap, b, h, i, j, product, d, gm, p0, p1, shift).x;
+// u_i - w_j; the parts of a prefix sum cancel in double before they are rounded. offset: I - i.
+FASTPE_DEVICE float decode_distance(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t offset, int64_t j) {
+  const Bias& s = p.bias;
+  const int64_t I = i + offset > 0 ? i + offset : 0;
+  if (!s.w.p) return s.u.p ? aux_at<float>(s.u, b, h)[i] - float(j) : float(i + offset - j);
+  const float* w = aux_at<float>(s.w, b, h);
+  if (s.u.p) return aux_at<float>(s.u, b, h)[i] - w[j];
+  const float near = w[I] - w[j];
+  if (!s.base.p) return near;
+  const double* base = aux_at<double>(s.base, b, h);
+  return float(base[I / kPrefixBlock] - base[j / kPrefixBlock]) + near;
+}
+
+// Out of line: composing is many instructions, and a lane has eight scores. Parameters are read anew, from the nearest cache:
+// kept, they would take the registers of the accumulator.
+FASTPE_NOINLINE float decode_score(const AttnParams& p, Scores scores, Softcap cap, int64_t b, int64_t h, int64_t i, int64_t nk, int64_t j, float product) {
+  const Bias& s = p.bias;
+  const bool by_position = pos::is_rel_fn(s.form);
+  const float d = by_position ? decode_distance(p, b, h, i, nk - p.Nq, j) : 0.f, gm = s.gamma.p ? *aux_at<float>(s.gamma, b, h, i) : 1.f;
+  const float* params = s.params.p ? aux_at<float>(s.params, b, h) : nullptr;
+  const float p0 = params ? params[0] : 0.f, p1 = params ? params[1] : 0.f;
+  if (scores == Scores::rel) return fma(gm * float(kLog2e), s.form == BiasForm::signed_ ? d : pos::Phi<BiasForm::linear>::value(d, p0, p1), product);
+  return compose(p, cap, b, h, i, j, product, d, gm, p0, p1, nk - p.Nk).x;
 }
 
 template <class T, int kD>
-FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_CONSTANT DecodeArgs a) {
+FASTPE_KERNEL(DecodeTile<kD>::kThreads, DecodeTile<kD>::kBlocks) attn_decode_kernel(const FASTPE_GRID_CONSTANT DecodeArgs a) {
   using Shape = DecodeTile<kD>;
   constexpr int kDt = kD / 8;
-  constexpr uint32_t kChunks = Tile<kD>::kChunks, kThreads = Shape::kThreads;
+  constexpr uint32_t kChunks = Tile<kD>::kChunks, kItems = kChunks * kDecodeKeys / 32, kThreads = Shape::kThreads;
+  static_assert(kItems % 2 == 0);
   constexpr int64_t kTile = kDecodeKeys;
   const DecodeParams& d = a.d;
   const AttnParams& p = d.attn;
@@ -100,29 +123,31 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
   // ---- rows and keys of the block ------------------------------------------------------------------------------------------
   const DecodeUnits units = decode_units(d);
   const int64_t group = p.H / p.Hk, row_tiles = tiles::ceil_div(units.rows, kDecodeRows);
+  // Counts of keys, rows and tiles stay below 2^31; what multiplies a stride is widened there.
   int64_t place = block_index();
-  const int64_t row0 = place % row_tiles * kDecodeRows;
+  const int row0 = int(place % row_tiles) * kDecodeRows;
   place /= row_tiles;
-  const int64_t sub = place % units.per_head;
+  const int sub = int(place % units.per_head);
   place /= units.per_head;
-  const int64_t hk = place % p.Hk;
+  const int hk = int(place % p.Hk);
   place /= p.Hk;
-  const int64_t b = place % p.B, split = place / p.B;
+  const int b = int(place % p.B), split = int(place / p.B), Nq = int(p.Nq);
   const int rows = int(units.rows - row0 < kDecodeRows ? units.rows - row0 : kDecodeRows);
-  const auto head_of = [&](int64_t row) { return hk * group + (!d.list ? (row0 + row) / p.Nq : d.list_by_head ? sub / p.Nq : row0 + row); };
-  const auto query_of = [&](int64_t row) { return d.list ? sub % p.Nq : (row0 + row) % p.Nq; };
+  const auto head_of = [&](int row) { return hk * int(group) + (!d.list ? (row0 + row) / Nq : d.list_by_head ? sub / Nq : row0 + row); };
+  const auto query_of = [&](int row) { return d.list ? sub % Nq : (row0 + row) % Nq; };
 
-  int64_t nk = p.Nk;
+  int nk = int(p.Nk);
   if (d.lengths) {
-    const int64_t n = d.lengths[b];
+    const int n = d.lengths[b];
     nk = n < 0 ? 0 : n < nk ? n : nk;
   }
-  const int64_t shift = nk - p.Nk, offset = nk - p.Nq;
+  const int offset = nk - Nq;
   // Absolute rows [I0, I1): of a part of one head, or of all queries.
-  const bool one_head = d.list || row0 / p.Nq == (row0 + rows - 1) / p.Nq;
-  const int64_t I0 = offset + (one_head ? query_of(0) : 0), I1 = offset + (one_head ? query_of(rows - 1) + 1 : p.Nq);
+  const bool one_head = d.list || row0 / Nq == (row0 + rows - 1) / Nq;
+  const int I0 = offset + (one_head ? query_of(0) : 0), I1 = offset + (one_head ? query_of(rows - 1) + 1 : Nq);
   const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
-  const bool data = has_data(p.vis);
+  // A block map of whole 64-key tiles, which `sees` leaves to the choice of tiles, is looked at by key here.
+  const bool by_tile = p.vis.map && map_is_by_tile(p.vis), data = by_tile || has_data(p.vis);
   const int32_t *list = nullptr, *turn = nullptr;
   if (d.list) {
     const int64_t h = d.list_by_head ? head_of(0) : hk, i = query_of(0);
@@ -130,22 +155,22 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
     if (d.turn) turn = d.turn + b * d.turn_sb + h * d.turn_sh + i * d.turn_sn;
   }
   // Tiles: those of the list; or those of the sinks, then those of the window.
-  int64_t sink_tiles = 0, window_tile = 0, tile_count = 0;
+  int sink_tiles = 0, window_tile = 0, tile_count = 0;
   if (list) {
-    tile_count = tiles::ceil_div(d.list_len, kTile);
+    tile_count = int(tiles::ceil_div(d.list_len, kTile));
   } else {
     const pos::Range w = pos::window_of_rows(band, I0, I1, nk);
-    const int64_t end_tile = w.hi > w.lo ? tiles::ceil_div(w.hi, kTile) : 0;
-    window_tile = w.hi > w.lo ? w.lo / kTile : 0;
+    const int end_tile = w.hi > w.lo ? int(tiles::ceil_div(w.hi, kTile)) : 0;
+    window_tile = w.hi > w.lo ? int(w.lo / kTile) : 0;
     if (band.left > 0 && band.sinks > 0) {
       int64_t end = band.sinks < nk ? band.sinks : nk;
       if (band.right > 0 && I1 - 1 + band.right < end) end = I1 - 1 + band.right;
-      sink_tiles = end > 0 ? tiles::ceil_div(end, kTile) : 0;
+      sink_tiles = end > 0 ? int(tiles::ceil_div(end, kTile)) : 0;
       if (end_tile > 0 && sink_tiles > window_tile) sink_tiles = window_tile;
     }
     tile_count = sink_tiles + end_tile - window_tile;
   }
-  const int64_t begin = tile_count * split / a.splits, end = tile_count * (split + 1) / a.splits;
+  const int begin = int(int64_t(tile_count) * split / a.splits), end = int(int64_t(tile_count) * (split + 1) / a.splits);
 
   const uint32_t smem = shared_base(), sQ = smem + Shape::kQ;
   const int regions = pos::region_count(p.region.kind);
@@ -155,10 +180,8 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
 
   // ---- what stays with a row -------------------------------------------------------------------------------------------------
   // A lane has rows frag_row(0) and frag_row(1); where they are past the last they repeat it.
-  int64_t h[2], i[2];
-  float c[2], m[2], l[2], gm[2], u[2] = {}, p0[2] = {}, p1[2] = {};
-  double u_base[2] = {};
-  const bool by_position = pos::is_rel_fn(p.bias.form);
+  int h[2], i[2];
+  float c[2], m[2], l[2];
   FASTPE_UNROLL
   for (int x = 0; x < 2; ++x) {
     const int row = int(frag_row(uint32_t(x))) < rows ? int(frag_row(uint32_t(x))) : rows - 1;
@@ -167,46 +190,29 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
     c[x] = float(p.scale) * (p.row_scale.p ? *aux_at<float>(p.row_scale, b, h[x], i[x]) : 1.f) * float(kLog2e);
     m[x] = -kInf;
     l[x] = 0;
-    gm[x] = p.bias.gamma.p ? *aux_at<float>(p.bias.gamma, b, h[x], i[x]) : 1.f;
-    if (by_position && p.bias.params.p) {
-      const float* q = aux_at<float>(p.bias.params, b, h[x]);
-      p0[x] = q[0];
-      p1[x] = q[1];
-    }
-    if (by_position && p.bias.u.p) {
-      u[x] = aux_at<float>(p.bias.u, b, h[x])[i[x]];
-    } else if (by_position && p.bias.w.p && nk > 0) {
-      const int64_t I = i[x] + offset > 0 ? i[x] + offset : 0;
-      u[x] = aux_at<float>(p.bias.w, b, h[x])[I];
-      if (p.bias.base.p) u_base[x] = aux_at<double>(p.bias.base, b, h[x])[I / kPrefixBlock];
-    }
   }
-  // u_i - w_j; the parts of a prefix sum cancel in double before they are rounded.
-  const auto distance = [&](int x, int64_t j) {
-    if (!p.bias.w.p) return p.bias.u.p ? u[x] - float(j) : float(i[x] + offset - j);
-    const float near = u[x] - aux_at<float>(p.bias.w, b, h[x])[j];
-    return p.bias.base.p ? float(u_base[x] - aux_at<double>(p.bias.base, b, h[x])[j / kPrefixBlock]) + near : near;
-  };
   const Scores scores = scores_of(p);
   const Softcap cap(p);
 
   // ---- keys ----------------------------------------------------------------------------------------------------------------
   struct Keys {
-    int64_t x;             // number of the tile
-    int32_t key, spot;     // of entry lane % 16: the key, -1 for none, and the row of k_rope that turns it
-    uint32_t seen;         // bit 4 x + 2 n + e: row x sees the key of column 8 n + 2 (lane % 4) + e
-    int64_t store, first;  // batch or page that the tile lies in, and the key of its row 0
+    int x;                 // number of the tile
+    int key, spot;         // of entry lane % 16: the key, -1 for none, and the row of k_rope that turns it
+    uint32_t seen;         // bit e: the row of the lane's score e sees its key
+    int store, first;      // batch or page that the tile lies in, and the key of its row 0
   };
-  const auto first_key = [&](int64_t x) { return (x < sink_tiles ? x : x - sink_tiles + window_tile) * kTile; };
+  const auto first_key = [&](int x) { return (x < sink_tiles ? x : x - sink_tiles + window_tile) * kDecodeKeys; };
+  // A lane's scores count e = 4 x + 2 n + c: row x, column 8 n + 2 (lane % 4) + c. The key of score e:
+  const auto key_of = [&](const Keys& k, uint32_t e) { return int(shfl_idx(uint32_t(k.key), 8 * (e >> 1 & 1) + frag_col(e & 1))); };
   // The first tile from x on, in this warp's steps, that some row sees something of; x = end: none.
-  const auto find = [&](int64_t x) {
+  const auto find = [&](int x) {
     Keys k{end, -1, -1, 0, b, 0};
     FASTPE_NO_UNROLL
     for (; x < end; x += Shape::kWarps) {
-      const uint32_t entry = lane & 15;
+      const int entry = int(lane & 15);
       bool whole = false;
       if (list) {
-        const int64_t at = x * kTile + entry;
+        const int at = x * kDecodeKeys + entry;
         k.key = at < d.list_len ? list[at] : -1;
         if (k.key >= nk) k.key = -1;
         k.spot = k.key;
@@ -215,25 +221,27 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
           if (k.spot < 0 || k.spot >= a.turns) k.key = -1;
         }
       } else {
-        const int64_t j0 = first_key(x), j = j0 + entry;
+        const int j0 = first_key(x), j = j0 + entry;
         if (d.pages) {  // a tile never crosses a page
-          const int64_t page = j0 / d.page_size;
+          const int size = int(d.page_size), page = j0 / size;
           k.store = d.pages[b * d.pages_sb + page];
-          k.first = page * d.page_size;
+          k.first = page * size;
           if (k.store < 0 || k.store >= a.page_count) continue;
         }
-        k.key = k.spot = j < nk ? int32_t(j) : -1;
-        whole = !data && j0 + kTile <= nk && pos::tile_full(band, I0, I1, j0, j0 + kTile);
+        k.key = k.spot = j < nk ? j : -1;
+        whole = !data && j0 + kDecodeKeys <= nk && pos::tile_full(band, I0, I1, j0, j0 + kDecodeKeys);
       }
       k.seen = whole ? 0xFF : 0;
       if (!whole) {
         FASTPE_NO_UNROLL
-        for (uint32_t e = 0; e < 4; ++e) {
-          const int64_t j = int32_t(shfl_idx(uint32_t(k.key), 8 * (e >> 1) + frag_col(e & 1)));
-          if (j < 0) continue;
-          FASTPE_UNROLL
-          for (int y = 0; y < 2; ++y)
-            if (pos::visible(band, i[y] + offset, j) && (!data || sees(p, b, h[y], i[y], j, shift))) k.seen |= 1u << (4 * y + e);
+        for (uint32_t e = 0; e < 8; ++e) {
+          const int j = key_of(k, e), I = (e < 4 ? i[0] : i[1]) + offset;
+          bool see = j >= 0 && pos::visible(band, I, j);
+          if (see && data) {
+            const int row_h = e < 4 ? h[0] : h[1];
+            see = sees(p, b, row_h, I - offset, j, nk - p.Nk) && (!by_tile || rules_allow(p, b, I - offset, j, row_h, nk - p.Nk));
+          }
+          if (see) k.seen |= 1u << e;
         }
       }
       if (!vote_any(k.seen != 0)) continue;
@@ -247,29 +255,39 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
   const auto key_view = [&](int region) -> const View& { return copies && region > 0 ? d.more[region - 1] : p.k; };
   const bool interleaved = p.rope_layout == RopeLayout::interleaved;
   const bool turns = p.k_rope.cos.p != nullptr, turns_in_place = turns && (interleaved || p.rope_pairs % 8 == 0);
-  // The rows of a tile, to be committed and waited for; what is not there becomes 0. region: that of keys to be turned on their
-  // way, or -1.
-  const auto load = [&](uint32_t tile, const View& view, int64_t channels, bool aligned, const Keys& k, int region) {
-    FASTPE_UNROLL
-    for (uint32_t x = 0; x < kChunks * kDecodeKeys / 32; ++x) {
+  // Entry `row` of a tile in a tensor; only where it has a key.
+  const auto row_of = [&](const View& view, const Keys& k, int j) {
+    return static_cast<const uint16_t*>(view.p) + k.store * view.sb + hk * view.sh + (j - k.first) * view.sn;
+  };
+  // The rows of a tile, to be committed and waited for; what is not there becomes 0.
+  const auto load = [&](uint32_t tile, const View& view, int64_t channels, bool aligned, const Keys& k) {
+    const auto each = [&](uint32_t x) {
       const uint32_t item = 32 * x + lane, row = item / kChunks, chunk = item % kChunks;
-      const int32_t j = int32_t(shfl_idx(uint32_t(k.key), row)), spot = int32_t(shfl_idx(uint32_t(k.spot), row));
+      const int j = int(shfl_idx(uint32_t(k.key), row));
       const bool inside = j >= 0 && int64_t(chunk * 8) < channels;
-      const uint16_t* src = static_cast<const uint16_t*>(view.p);
-      if (inside) src += k.store * view.sb + hk * view.sh + (j - k.first) * view.sn;
+      const uint16_t* src = inside ? row_of(view, k, j) + chunk * 8 : static_cast<const uint16_t*>(view.p);
       const uint32_t dst = tile + Tile<kD>::at(row, chunk);
-      if (region >= 0) {
-        Quad q{};
-        if (inside) {
-          const Rope rope = key_rope(p, region, j);
-          q = load_chunk_rotated<T>(src, chunk, aux_at<float>(rope.cos, b, hk, spot), aux_at<float>(rope.sin, b, hk, spot), uint32_t(p.rope_pairs), p.rope_layout);
-        }
-        st_shared_v4(dst, q);
-      } else if (aligned) {
-        cp_async_16(dst, inside ? src + chunk * 8 : src, inside ? 16 : 0);
-      } else {
-        st_shared_v4(dst, inside ? load_chunk(src + chunk * 8) : Quad{});
+      if (aligned) cp_async_16(dst, src, inside ? 16 : 0);
+      else st_shared_v4(dst, inside ? load_chunk(src) : Quad{});
+    };
+    FASTPE_NO_UNROLL
+    for (uint32_t x = 0; x < kItems; x += 2) {
+      each(x);
+      each(x + 1);
+    }
+  };
+  // The same of keys that are turned on their way.
+  const auto load_turned = [&](uint32_t tile, const View& view, const Keys& k, int region) {
+    FASTPE_NO_UNROLL
+    for (uint32_t x = 0; x < kItems; ++x) {
+      const uint32_t item = 32 * x + lane, row = item / kChunks, chunk = item % kChunks;
+      const int j = int(shfl_idx(uint32_t(k.key), row)), spot = int(shfl_idx(uint32_t(k.spot), row));
+      Quad q{};
+      if (j >= 0 && int64_t(chunk * 8) < p.D) {
+        const Rope rope = key_rope(p, region, j);
+        q = load_chunk_rotated<T>(row_of(view, k, j), chunk, aux_at<float>(rope.cos, b, hk, spot), aux_at<float>(rope.sin, b, hk, spot), uint32_t(p.rope_pairs), p.rope_layout);
       }
+      st_shared_v4(tile + Tile<kD>::at(row, chunk), q);
     }
   };
   // Turns the keys of a tile where they lie; a lane has both channels of its pairs.
@@ -278,7 +296,7 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
     FASTPE_NO_UNROLL
     for (uint32_t x = 0; x < kDecodeKeys * per_row; x += 32) {
       const uint32_t item = x + lane, row = item / per_row, chunk = item % per_row;
-      const int32_t j = int32_t(shfl_idx(uint32_t(k.key), row & 15)), spot = int32_t(shfl_idx(uint32_t(k.spot), row & 15));
+      const int j = int(shfl_idx(uint32_t(k.key), row & 15)), spot = int(shfl_idx(uint32_t(k.spot), row & 15));
       if (row >= kDecodeKeys || j < 0) continue;
       const Rope rope = key_rope(p, region, j);
       const float *cos = aux_at<float>(rope.cos, b, hk, spot), *sin = aux_at<float>(rope.sin, b, hk, spot);
@@ -310,11 +328,14 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
       st_shared_v4(at, q);
     }
   };
-  const auto load_keys = [&](uint32_t tile, const Keys& k, int region) { load(tile, key_view(region), p.D, a.aligned_k, k, turns && !turns_in_place ? region : -1); };
+  const auto load_keys = [&](uint32_t tile, const Keys& k, int region) {
+    if (turns && !turns_in_place) load_turned(tile, key_view(region), k, region);
+    else load(tile, key_view(region), p.D, a.aligned_k, k);
+  };
   // Whether some row has some key of a tile in the region.
   const auto has_region = [&](const Keys& k, int region) {
     if (regions == 1) return region == 0;
-    const int64_t j0 = first_key(k.x), j1 = j0 + kTile < nk ? j0 + kTile : nk;
+    const int j0 = first_key(k.x), j1 = j0 + kDecodeKeys < nk ? j0 + kDecodeKeys : nk;
     return tile_has_region(p, region, I0, I1, j0, j1);
   };
   const auto first_region = [&](const Keys& k) {
@@ -326,12 +347,8 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
   const bool alike = !copies && (!p.k_rope.sr || pos::region_by_key(p.region.kind));
   const auto start = [&](const Keys& k, uint32_t stage) {
     load_keys(stage_k(stage), k, first_region(k));
-    load(stage_v(stage), p.v, p.Dv, a.aligned_v, k, -1);
+    load(stage_v(stage), p.v, p.Dv, a.aligned_v, k);
   };
-
-  Keys now = find(begin + warp);
-  if (now.x < end) start(now, 0);
-  cp_async_commit();
 
   // ---- Q, turned for every region ------------------------------------------------------------------------------------------------
   FASTPE_NO_UNROLL
@@ -342,7 +359,7 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
       const uint32_t row = item / kChunks, chunk = item % kChunks;
       Quad v{};
       if (int(row) < rows && int64_t(chunk * 8) < p.D) {
-        const int64_t hq = head_of(row), iq = query_of(row);
+        const int hq = head_of(int(row)), iq = query_of(int(row));
         const uint16_t* q = row_at(p.q, b, hq, iq);
         if (rope.cos.p) v = load_chunk_rotated<T>(q, chunk, aux_at<float>(rope.cos, b, hq, iq), aux_at<float>(rope.sin, b, hq, iq), uint32_t(p.rope_pairs), p.rope_layout);
         else v = load_chunk(q + chunk * 8);
@@ -373,12 +390,17 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
     }
   };
 
-  uint32_t stage = 0;
+  // The first time round there is no tile at hand yet.
+  uint32_t stage = 1;
+  int from = begin + int(warp);
+  Keys now;
+  bool started = false;
   FASTPE_NO_UNROLL
-  while (now.x < end) {
-    const Keys next = find(now.x + Shape::kWarps);
+  for (;;) {
+    const Keys next = find(from);
     if (next.x < end) start(next, stage ^ 1);
     cp_async_commit();
+    if (started) {
     cp_async_wait<1>();
     sync_warp();
 
@@ -391,9 +413,6 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
     }
     float s[2][4];
     products(s, sK, region);
-    int32_t key[4];  // of columns 8 n + 2 (lane % 4) + e, at 2 n + e
-    FASTPE_UNROLL
-    for (uint32_t e = 0; e < 4; ++e) key[e] = int32_t(shfl_idx(uint32_t(now.key), 8 * (e >> 1) + frag_col(e & 1)));
     FASTPE_NO_UNROLL
     for (++region; region < regions; ++region) {
       if (!has_region(now, region)) continue;
@@ -411,27 +430,32 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
       float other[2][4];
       products(other, sK, region);
       FASTPE_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        const int x = e >> 2, n = e >> 1 & 1, v = 2 * x + (e & 1);
-        if (pos::region_of(p.region, i[x] + offset, key[e & 3]) == region) s[n][v] = other[n][v];
+      for (uint32_t e = 0; e < 8; ++e) {
+        const uint32_t x = e >> 2, n = e >> 1 & 1, v = 2 * x + (e & 1);
+        if (pos::region_of(p.region, i[x] + offset, key_of(now, e)) == region) s[n][v] = other[n][v];
       }
     }
 
     // ---- scale, bias, mask ----------------------------------------------------------------------------------------------------------
     FASTPE_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      const int x = e >> 2;
-      float& v = s[e >> 1 & 1][2 * x + (e & 1)];
-      const bool seen = now.seen >> e & 1;
-      v *= c[x];
-      if (scores != Scores::plain && seen) {
-        const int64_t j = key[e & 3];
-        const float far = by_position ? distance(x, j) : 0.f;
-        if (scores == Scores::rel) v = fma(gm[x] * float(kLog2e), p.bias.form == BiasForm::signed_ ? far : pos::Phi<BiasForm::linear>::value(far, p0[x], p1[x]), v);
-        else v = decode_score(p, cap, b, h[x], i[x], shift, j, v, far, gm[x], p0[x], p1[x]);
+    for (int e = 0; e < 8; ++e) s[e >> 1 & 1][2 * (e >> 2) + (e & 1)] *= c[e >> 2];
+    if (scores != Scores::plain) {
+      // One after the other, each lane through places of its own where the keys were.
+      const auto score_at = [&](uint32_t e) { return sK + (32 * e + lane) * 4; };
+      sync_warp();
+      FASTPE_UNROLL
+      for (uint32_t e = 0; e < 8; ++e) st_shared_f32(score_at(e), s[e >> 1 & 1][2 * (e >> 2) + (e & 1)]);
+      FASTPE_NO_UNROLL
+      for (uint32_t e = 0; e < 8; ++e) {
+        const int j = key_of(now, e);
+        if (now.seen >> e & 1) st_shared_f32(score_at(e), decode_score(p, scores, cap, b, e < 4 ? h[0] : h[1], e < 4 ? i[0] : i[1], nk, j, ld_shared_f32(score_at(e))));
       }
-      if (!seen) v = -kInf;
+      FASTPE_UNROLL
+      for (uint32_t e = 0; e < 8; ++e) s[e >> 1 & 1][2 * (e >> 2) + (e & 1)] = ld_shared_f32(score_at(e));
     }
+    FASTPE_UNROLL
+    for (int e = 0; e < 8; ++e)
+      if (!(now.seen >> e & 1)) s[e >> 1 & 1][2 * (e >> 2) + (e & 1)] = -kInf;
 
     // ---- online softmax ----------------------------------------------------------------------------------------------------------------
     FASTPE_UNROLL
@@ -473,7 +497,11 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
     }
     // The warp has finished with the stage.
     sync_warp();
+    }
+    if (next.x >= end) break;
     now = next;
+    from = now.x + Shape::kWarps;
+    started = true;
     stage ^= 1;
   }
   cp_async_wait<0>();
@@ -511,7 +539,7 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, 1) attn_decode_kernel(const FASTPE_GRID_
       weight[w] = part == 0 ? 0.f : weight[w] == -kInf ? 1.f : ex2_approx(weight[w] - safe);
       sum += weight[w] == 0 ? 0.f : weight[w] * part;
     }
-    const int64_t out = ((split * p.B + b) * p.H + head_of(row)) * p.Nq + query_of(row);
+    const int64_t out = ((split * p.B + b) * p.H + head_of(int(row))) * p.Nq + query_of(int(row));
     if (lane == 0) {
       // Against other splits NaN weighs more than anything.
       a.part_ml[2 * out] = sum == sum ? top : kInf;
