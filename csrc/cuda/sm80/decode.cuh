@@ -30,8 +30,8 @@ constexpr int kMaxDecodeSplits = 32;  // attn_join_kernel has a lane for each
 template <int kD>
 struct DecodeTile {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  // Blocks that registers leave room for on a multiprocessor: reads in flight are what decoding lives on.
-  static constexpr int kBlocks = kD <= 64 ? 4 : kD <= 128 ? 3 : 1;
+  // Blocks of a multiprocessor that registers leave room for. Three up to 128 channels would spill up to 372 bytes a thread.
+  static constexpr int kBlocks = kD <= 128 ? 2 : 1;
   static constexpr uint32_t kTileBytes = kDecodeKeys * kD * 2, kWarpBytes = 4 * kTileBytes;
   static constexpr uint32_t kState = 0, kQ = kWarps * kDecodeRows * 8;
   static constexpr uint32_t bytes(int regions) { return kQ + uint32_t(regions) * kTileBytes + kWarps * kWarpBytes; }
@@ -393,7 +393,7 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, DecodeTile<kD>::kBlocks) attn_decode_ker
   // The first time round there is no tile at hand yet.
   uint32_t stage = 1;
   int from = begin + int(warp);
-  Keys now;
+  Keys now{end, -1, -1, 0, b, 0};
   bool started = false;
   FASTPE_NO_UNROLL
   for (;;) {
@@ -497,7 +497,7 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, DecodeTile<kD>::kBlocks) attn_decode_ker
     }
     // The warp has finished with the stage.
     sync_warp();
-    }
+    }  // started
     if (next.x >= end) break;
     now = next;
     from = now.x + Shape::kWarps;
