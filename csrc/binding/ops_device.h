@@ -14,7 +14,9 @@
 
 #include "args.h"
 #include "attn_bwd.h"
+#include "core/tiles.h"
 #include "cuda/launch.h"
+#include "decode.h"
 #include "mass.h"
 #include "merge.h"
 
@@ -46,6 +48,14 @@ inline void check_supported(const char* op, const AttnParams& p) {
 // ---- attention ------------------------------------------------------------------------------------------------------
 
 template <class Queue>
+void run_decode(const char* op, const Tensor& q, const DecodeParams& d, int64_t page_count, int64_t turns) {
+  check(op, d.attn.Nk <= std::numeric_limits<int32_t>::max(), "the kernel for few queries takes at most 2^31 - 1 keys, got ", d.attn.Nk);
+  Queue queue(q);
+  const Workspace w(q, cuda::attn_decode_workspace(d));
+  started(op, cuda::attn_decode(d, page_count, turns, w.base, queue.stream()));
+}
+
+template <class Queue>
 std::tuple<Tensor, Tensor, Tensor> device_attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS, bool keep_residual) {
   const char* op = "attn_fwd";
   check_half(op, q);
@@ -59,12 +69,26 @@ std::tuple<Tensor, Tensor, Tensor> device_attn_fwd(Tensor q, Tensor k, Tensor v,
   p.o = view(out, out.mutable_data_ptr());
   p.lse = lse.mutable_data_ptr();
   if (keep_residual) p.residual = view(residual, residual.mutable_data_ptr());
+  if (p.Nq <= tiles::kFewQueries && pos::decode_takes(p.bias)) {
+    DecodeParams d;
+    d.attn = p;
+    run_decode<Queue>(op, q, d, 0, 0);
+    return {out, lse, residual};
+  }
   Queue queue(q);
   const Workspace w(q, cuda::attn_fwd_workspace(p));
   uint32_t* counts = queue.tile_counts(q, cuda::attn_fwd_blocks(p));
   started(op, cuda::attn_fwd(p, w.base, queue.stream(), counts));
   queue.count_tiles();
   return {out, lse, residual};
+}
+
+template <class Queue>
+std::tuple<Tensor, Tensor> device_attn_decode(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS, OptTensor pages, OptTensor lengths, OptTensor list, OptTensor turn, std::vector<Tensor> more) {
+  check_half("attn_decode", q);
+  return attn_decode_on(q, k, v, FASTPE_ATTN_VALUES, pages, lengths, list, turn, more, false, [&](const DecodeParams& d, int64_t turns) {
+    run_decode<Queue>("attn_decode", q, d, pages ? k.size(0) : 0, turns);
+  });
 }
 
 template <class Queue>
@@ -221,6 +245,7 @@ template <class Queue, class Library>
 void implement_device_ops(Library& m) {
   m.impl("attn_fwd", TORCH_BOX(&device_attn_fwd<Queue>));
   m.impl("attn_bwd", TORCH_BOX(&device_attn_bwd<Queue>));
+  m.impl("attn_decode", TORCH_BOX(&device_attn_decode<Queue>));
   m.impl("attn_mass", TORCH_BOX(&device_attn_mass<Queue>));
   m.impl("attn_rows", TORCH_BOX(&device_attn_rows<Queue>));
   m.impl("merge_fwd", TORCH_BOX(&device_merge_fwd<Queue>));

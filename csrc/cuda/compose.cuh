@@ -123,9 +123,10 @@ FASTPE_DEVICE SideAt side_at(const AttnParams& p, int64_t b, int64_t h, int64_t 
   return {d, j <= I ? 1.f : -1.f};
 }
 
-FASTPE_DEVICE float bias_at(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t j, float d, float gm, float p0, float p1) {
+// shift, here and below: what a batch entry of fewer keys than Nk adds to its absolute rows.
+FASTPE_DEVICE float bias_at(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t j, float d, float gm, float p0, float p1, int64_t shift = 0) {
   const Bias& s = p.bias;
-  const int64_t t = i + p.Nk - p.Nq - j;
+  const int64_t t = i + p.Nk - p.Nq + shift - j;
   float v = 0;
   if (pos::is_rel_fn(s.form)) {
     v = gm * phi_value(s.form, d, p0, p1);
@@ -150,9 +151,9 @@ FASTPE_DEVICE float bias_at(const AttnParams& p, int64_t b, int64_t h, int64_t i
 }
 
 // What multiplies the product beside its scale.
-FASTPE_DEVICE float omega_at(const AttnParams& p, int64_t h, int64_t i, int64_t j) {
+FASTPE_DEVICE float omega_at(const AttnParams& p, int64_t h, int64_t i, int64_t j, int64_t shift = 0) {
   const Bias& s = p.bias;
-  return s.omega.p ? aux_at<float>(s.omega, 0, h)[pos::table_index(s.form, i + p.Nk - p.Nq - j, s.table_len)] : 1.f;
+  return s.omega.p ? aux_at<float>(s.omega, 0, h)[pos::table_index(s.form, i + p.Nk - p.Nq + shift - j, s.table_len)] : 1.f;
 }
 FASTPE_DEVICE float factor_at(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
   const Bias& s = p.bias;
@@ -164,12 +165,12 @@ struct Composed {
   float x, slope, outer;
   float inner;  // slope without the multiplier
 };
-FASTPE_DEVICE Composed compose(const AttnParams& p, const Softcap& cap, int64_t b, int64_t h, int64_t i, int64_t j, float product, float d, float gm, float p0, float p1) {
+FASTPE_DEVICE Composed compose(const AttnParams& p, const Softcap& cap, int64_t b, int64_t h, int64_t i, int64_t j, float product, float d, float gm, float p0, float p1, int64_t shift = 0) {
   Composed r{product, 1, 1, 1};
-  const float multiplier = factor_at(p, b, h, i, j) * omega_at(p, h, i, j);
+  const float multiplier = factor_at(p, b, h, i, j) * omega_at(p, h, i, j, shift);
   r.x *= multiplier;
   if (!p.softcap_bias) r.inner = cap.apply(r.x);
-  r.x = fma(bias_at(p, b, h, i, j, d, gm, p0, p1), float(kLog2e), r.x);
+  r.x = fma(bias_at(p, b, h, i, j, d, gm, p0, p1, shift), float(kLog2e), r.x);
   if (p.softcap_bias) r.inner = r.outer = cap.apply(r.x);
   r.slope = r.inner * multiplier;
   return r;

@@ -20,6 +20,11 @@ int64_t attn_fwd_blocks(const AttnParams& p);
 size_t attn_fwd_workspace(const AttnParams& p);
 int attn_fwd(const AttnParams& p, void* workspace, void* stream, uint32_t* stats = nullptr);
 
+// Few queries, pages, lists of keys. The contents of lengths, pages, list and turn are not known here: page_count (pages of the
+// pools) and turns (rows of k_rope, with turn) bound what the kernel reads.
+size_t attn_decode_workspace(const DecodeParams& d);
+int attn_decode(const DecodeParams& d, int64_t page_count, int64_t turns, void* workspace, void* stream);
+
 size_t attn_bwd_workspace(const AttnBwdParams& a);
 int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream);
 

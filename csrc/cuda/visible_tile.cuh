@@ -37,10 +37,11 @@ FASTPE_DEVICE bool map_is_by_tile(const Visibility& v) { return v.block_q % 64 =
 FASTPE_DEVICE bool sees_by_rules(const Visibility& v) { return v.intervals || v.lower || v.relation || (v.map && !map_is_by_tile(v)); }
 
 // Intervals, lower bounds, segments, block map. Out of line: it would stand at every score of a fragment. The host cannot
-// look at ids on a device: one out of range sees nothing.
-FASTPE_NOINLINE bool rules_allow(const AttnParams& p, int64_t b, int64_t i, int64_t j, int64_t h) {
+// look at ids on a device: one out of range sees nothing. shift: what a batch entry of fewer keys than Nk adds to its absolute
+// rows.
+FASTPE_NOINLINE bool rules_allow(const AttnParams& p, int64_t b, int64_t i, int64_t j, int64_t h, int64_t shift = 0) {
   const Visibility& v = p.vis;
-  const int64_t I = i + p.Nk - p.Nq;
+  const int64_t I = i + p.Nk - p.Nq + shift;
   if (v.lower && j < v.lower[b * v.lower_sb + i]) return false;
   if (v.intervals) {
     const int32_t* a = v.intervals + b * v.intervals_sb + j;
@@ -55,14 +56,14 @@ FASTPE_NOINLINE bool rules_allow(const AttnParams& p, int64_t b, int64_t i, int6
 
 // Whether query i sees key j by data. Indices are in range.
 FASTPE_DEVICE bool has_data(const Visibility& v) { return v.k_ids || v.mask || sees_by_rules(v); }
-FASTPE_DEVICE bool sees(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+FASTPE_DEVICE bool sees(const AttnParams& p, int64_t b, int64_t h, int64_t i, int64_t j, int64_t shift = 0) {
   const Visibility& v = p.vis;
   if (v.k_ids) {
     const int32_t id = v.k_ids[b * v.k_ids_sb + j];
     if (id < 0 || id != v.q_ids[b * v.q_ids_sb + i]) return false;
   }
   if (v.mask && !v.mask[b * v.mask_sb + h * v.mask_sh + i * v.mask_sn + j * v.mask_sk]) return false;
-  return !sees_by_rules(v) || rules_allow(p, b, i, j, h);
+  return !sees_by_rules(v) || rules_allow(p, b, i, j, h, shift);
 }
 
 // ---- regions ----------------------------------------------------------------------------------------------------------

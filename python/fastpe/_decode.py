@@ -8,7 +8,7 @@ from . import _check, config
 from ._call import Call, OpBias
 from ._cope import Contextual
 from ._rope import Rope
-from .attention import _LAYOUTS, _autocast, _check_kinds, _check_qkv, _divide_by_temperature, _rotation, _row_scale, _sink
+from .attention import _LAYOUTS, _autocast, _check_kernels, _check_kinds, _check_qkv, _divide_by_temperature, _rotation, _row_scale, _sink
 from .bias import FORMS, Bias
 from .mask import Mask, causal
 from .ops import aux_dtype
@@ -52,6 +52,7 @@ def run(
     if they are known."""
     if isinstance(bias, Contextual):
         raise NotImplementedError(f"{where}: bias {type(bias).__name__} reads every earlier key; use fastpe.attention")
+    _check_kernels(query.device.type, query.dtype, None, where)
     b = _op_bias(call, bias) if b is None else b
     if not takes(b):
         raise NotImplementedError(
@@ -135,7 +136,8 @@ def gather_attention(
         out (B, H, Nq, Dv), and with return_lse also lse (B, H, Nq). A row without a listed visible key gives out 0, lse -inf.
 
     Raises:
-        TypeError, ValueError: named after the argument. RuntimeError: an index outside [-1, Nk).
+        TypeError, ValueError: named after the argument. RuntimeError: an index outside [-1, Nk), on the CPU; on a GPU, which would have
+            to be waited for, such a key is not visible.
         NotImplementedError: an input requires grad (no released method needs one), or a bias that lists do not take.
 
     >>> import torch, fastpe
@@ -178,8 +180,10 @@ def gather_attention(
             raise NotImplementedError(f"{where}: bias goes by the keys' own indices and does not go with new key_positions; give one of them")
         if key_positions.shape not in (index.shape, index.shape[-1:]):
             raise ValueError(f"{where}: key_positions must be ({index.shape[-1]},) or index's {_check.shape(index)}, got {_check.shape(key_positions)}")
-        # One row of the table for each position in use.
-        used, turn = torch.unique(key_positions, return_inverse=True)
+        if call.device.type == "cuda":  # how many positions are in use would have to be waited for
+            used, turn = key_positions.reshape(-1), torch.arange(key_positions.numel(), device=call.device).reshape(key_positions.shape)
+        else:  # one row of the table for each position in use
+            used, turn = torch.unique(key_positions, return_inverse=True)
         turn = turn.to(torch.int32).reshape(*(1,) * (4 - turn.dim()), *turn.shape)
         own = call.query_index() if positions is None else positions
         tables = rope.tables(own, used, Nq, used.shape[0], B, H, Hk, out_dtype=call.dtype, device=call.device, where=where)

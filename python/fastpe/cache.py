@@ -22,7 +22,7 @@ from .rotary import apply_rotary
 Tensor = torch.Tensor
 
 _WHERE = "fastpe.KVCache"
-_FEW = 8  # queries of a head up to which csrc/cpu/decode.cpp serves a call: tiles::kFewQueries
+_FEW = 8  # queries of a head up to which attn_decode serves a call: tiles::kFewQueries
 
 
 def _room(*shape: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
@@ -147,6 +147,7 @@ class KVCache:
         keys = [_room(pages, heads, page_size, channels, dtype=dtype, device=device) for _ in range(copies)]
         self._pool = _Pool(keys, _room(pages, heads, page_size, value_channels, dtype=dtype, device=device), [0] * pages)
         self._pages: list[list[int]] = [[] for _ in range(batch)]
+        self._table: tuple[list[list[int]], Tensor] | None = None  # the pages as the kernel was last given them
 
     def __repr__(self) -> str:
         kind = "contiguous" if self.page_size is None else f"pages of {self.page_size}"
@@ -536,7 +537,10 @@ class KVCache:
         )  # fmt: skip
 
     def _in_pages(self) -> dict[str, Tensor]:
-        return {"pages": self.pages, "lengths": torch.full((self.batch,), self.length, dtype=torch.int32)}
+        device = self._pool.value.device
+        if self._table is None or self._table[0] != self._pages:
+            self._table = [list(row) for row in self._pages], self.pages.to(device, non_blocking=True)
+        return {"pages": self._table[1], "lengths": torch.full((self.batch,), self.length, dtype=torch.int32, device=device)}
 
     def _attention_turned(self, where, query, region, mask, bias, is_causal, return_lse, score):
         """Over keys kept turned for `region`."""
@@ -559,7 +563,7 @@ class KVCache:
         b = None if bias is None or isinstance(bias, Contextual) else bias.op_args(call)
         tensors = (query, *score.values(), *(() if b is None else vars(b).values()))
         learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-        if paged or (query.device.type == "cpu" and Nq <= _FEW and not learns and (b is None or takes(b))):
+        if paged or (query.device.type in ("cpu", "cuda") and Nq <= _FEW and not learns and (b is None or takes(b))):
             plan = _plan(TurnedCall(**vars(call)), region, self.rope, bias, None, None)
             rotation = _region_rotation(call, self.rope, region, plan, D, Hk)
             return run(

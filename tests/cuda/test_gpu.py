@@ -79,6 +79,23 @@ def test_no_call_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_step_over_pages_and_one_over_a_list_do_not_wait():
+    cache = fastpe.KVCache(2, 2, 64, capacity=1024, page_size=16, rope=fastpe.rope.default(64), dtype=torch.bfloat16, device="cuda")
+    k, v, q = (torch.randn(2, h, n, 64, device="cuda", dtype=torch.bfloat16) for h, n in ((2, 300), (2, 300), (4, 1)))
+    cache.append(k, v)
+    index = torch.randint(0, 300, (2, 2, 1, 40), device="cuda")
+    call = lambda: (cache.attention(q), fastpe.gather_attention(q, k, v, index, rope=cache.rope, key_positions=index))  # noqa: E731
+    want = call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, got, want))
+    torch.testing.assert_close(want[0], fastpe.attention(q, k, v, rope=cache.rope, is_causal=True))
+
+
 def test_a_graph_captures_forward_and_backward():
     (q, k, v), slopes = call()
     side = torch.cuda.Stream()
