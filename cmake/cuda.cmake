@@ -4,10 +4,13 @@ option(FASTPE_EMU "Build the CUDA kernels for the emulator (tests only; needs x8
 set(FASTPE_CUDA_ARCHITECTURES "80;90a-real" CACHE STRING "GPU architectures: 80 is machine code for 8.0 and PTX that newer GPUs translate, 90a-real machine code for Hopper")
 
 # One instance file per element type and kind of bias.
-set(FASTPE_CUDA_SOURCES csrc/cuda/attn_fwd.cu csrc/cuda/attn_bwd.cu csrc/cuda/device.cu csrc/cuda/elementwise.cu csrc/cuda/merge.cu)
+set(FASTPE_CUDA_SOURCES csrc/cuda/attn_fwd.cu csrc/cuda/attn_bwd.cu csrc/cuda/cope.cu csrc/cuda/device.cu csrc/cuda/elementwise.cu csrc/cuda/merge.cu)
 foreach(type Bf16 F16)
   set(instance "${CMAKE_CURRENT_BINARY_DIR}/generated/attn_bwd_terms_${type}.cu")
   configure_file(csrc/cuda/attn_bwd_terms_inst.cu.in "${instance}" @ONLY)
+  list(APPEND FASTPE_CUDA_SOURCES "${instance}")
+  set(instance "${CMAKE_CURRENT_BINARY_DIR}/generated/cope_${type}.cu")
+  configure_file(csrc/cuda/cope_inst.cu.in "${instance}" @ONLY)
   list(APPEND FASTPE_CUDA_SOURCES "${instance}")
   foreach(kind none rel table form composed)
     foreach(pass fwd bwd)
