@@ -101,6 +101,8 @@ if(FASTPE_EMU)
   set_source_files_properties(${FASTPE_CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
   add_library(fastpe_emu_ops SHARED csrc/emu/ops_emu.cpp ${FASTPE_CUDA_SOURCES})
   target_compile_definitions(fastpe_emu_ops PRIVATE TORCH_TARGET_VERSION=0x020a000000000000ULL)
+  # Small waves, so that small calls have several.
+  set_source_files_properties(csrc/cuda/cope.cu PROPERTIES COMPILE_DEFINITIONS FASTPE_COPE_WAVE_BYTES=32768)
   target_include_directories(fastpe_emu_ops SYSTEM PRIVATE "${FASTPE_TORCH_DIR}/include")
   target_compile_options(fastpe_emu_ops PRIVATE -O1)
   target_link_libraries(fastpe_emu_ops PRIVATE fastpe_options fastpe_emu "${FASTPE_TORCH_LIBRARY}" "${FASTPE_TORCH_CPU_LIBRARY}")

@@ -11,7 +11,10 @@ namespace fastpe::cuda {
 namespace {
 
 // Bytes of table products, their gradients and carries that the heads of a wave may take; one (batch, kv head) is the least.
-constexpr int64_t kWaveBytes = int64_t(256) << 20;
+#if !defined(FASTPE_COPE_WAVE_BYTES)
+#define FASTPE_COPE_WAVE_BYTES (int64_t(256) << 20)
+#endif
+constexpr int64_t kWaveBytes = FASTPE_COPE_WAVE_BYTES;
 
 int64_t query_blocks(const AttnParams& p) { return tiles::ceil_div(p.Nq, tiles::kBlockQ); }
 int64_t key_tiles(const AttnParams& p) { return tiles::ceil_div(p.Nk, kBlockN); }
