@@ -14,6 +14,7 @@
 
 #include "args.h"
 #include "attn_bwd.h"
+#include "cope.h"
 #include "core/tiles.h"
 #include "cuda/launch.h"
 #include "decode.h"
@@ -121,6 +122,29 @@ template <class Queue>
 Tensor device_attn_rows(Tensor q, Tensor k, OptTensor lse, int64_t rows, bool logits, FASTPE_ATTN_PARAMS) {
   check_half("attn_rows", q);
   return attn_rows_on(q, k, lse, rows, logits, FASTPE_ATTN_VALUES, [&](const MassParams& p) { run_mass<Queue>("attn_rows", q, p); });
+}
+
+// ---- contextual positions -------------------------------------------------------------------------------------------
+
+template <class Queue>
+std::tuple<Tensor, Tensor, Tensor, Tensor> device_cope_fwd(Tensor q, Tensor k, Tensor v, FASTPE_COPE_PARAMS, bool training) {
+  check_half("cope_fwd", q);
+  return cope_fwd_on(q, k, v, FASTPE_COPE_VALUES, training, [&](const CopeParams& c) {
+    Queue queue(q);
+    const Workspace w(q, cuda::cope_fwd_workspace(c));
+    started("cope_fwd", cuda::cope_fwd(c, w.base, queue.stream()));
+  });
+}
+template <class Queue>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> device_cope_bwd(
+    Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor carry, OptTensor residual, FASTPE_COPE_PARAMS,
+    int64_t needs) {
+  check_half("cope_bwd", q);
+  return cope_bwd_on(dout, dlse, q, k, v, out, lse, carry, residual, FASTPE_COPE_VALUES, needs, [&](const CopeBwdParams& b) {
+    Queue queue(q);
+    const Workspace w(q, cuda::cope_bwd_workspace(b));
+    started("cope_bwd", cuda::cope_bwd(b, w.base, queue.stream()));
+  });
 }
 
 // ---- merging --------------------------------------------------------------------------------------------------------
@@ -248,6 +272,8 @@ void implement_device_ops(Library& m) {
   m.impl("attn_decode", TORCH_BOX(&device_attn_decode<Queue>));
   m.impl("attn_mass", TORCH_BOX(&device_attn_mass<Queue>));
   m.impl("attn_rows", TORCH_BOX(&device_attn_rows<Queue>));
+  m.impl("cope_fwd", TORCH_BOX(&device_cope_fwd<Queue>));
+  m.impl("cope_bwd", TORCH_BOX(&device_cope_bwd<Queue>));
   m.impl("merge_fwd", TORCH_BOX(&device_merge_fwd<Queue>));
   m.impl("merge_bwd", TORCH_BOX(&device_merge_bwd<Queue>));
   m.impl("rope_table", TORCH_BOX(&device_rope_table<Queue>));

@@ -3,11 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "args.h"
-
-// What cope_fwd and cope_bwd have in common.
-#define FASTPE_COPE_ARGS \
-  "Tensor? gate_q, Tensor? gate_k, Tensor? table, Tensor? q_rope, Tensor? k_rope, int rope_layout, int left, int right, " \
-  "int sinks, Tensor? q_ids, Tensor? k_ids, Tensor? mask, Tensor? sink, float scale, float gate_scale, float table_scale"
+#include "cope.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastpe, m) {
   m.def(

@@ -6,6 +6,7 @@
 // recomputes from a saved carry is what forward had, to the bit.
 #pragma once
 
+#include "../pos/gate.h"
 #include "attn_common.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
@@ -123,18 +124,7 @@ FASTPE_INLINE Vec<S> sigmoid2(Vec<S> x) {
   return inverse(V(S(1)) + exp2(min(V(S(125)), -x)));
 }
 
-// log2(1 + t) for 0 <= t <= 1. Polynomial of degree 8 for log2(1 + t) / t, relative error 1.6e-7.
-FASTPE_INLINE VF log2_1p(VF t) {
-  VF p = fma(VF(7.54917809e-3f), t, VF(-4.25670457e-2f));
-  p = fma(p, t, VF(1.12856167e-1f));
-  p = fma(p, t, VF(-1.97118947e-1f));
-  p = fma(p, t, VF(2.75641402e-1f));
-  p = fma(p, t, VF(-3.5840847e-1f));
-  p = fma(p, t, VF(4.80692957e-1f));
-  p = fma(p, t, VF(-7.21340208e-1f));
-  p = fma(p, t, VF(1.442695f));
-  return p * t;
-}
+FASTPE_INLINE VF log2_1p(VF t) { return pos::log2_1p(t); }
 FASTPE_INLINE VD log2_1p(VD t) { return log1p(t) * VD(kLog2e); }
 
 // log2 of sigmoid2(x).

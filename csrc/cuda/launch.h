@@ -28,6 +28,11 @@ int attn_decode(const DecodeParams& d, int64_t page_count, int64_t turns, void* 
 size_t attn_bwd_workspace(const AttnBwdParams& a);
 int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream);
 
+size_t cope_fwd_workspace(const CopeParams& c);
+int cope_fwd(const CopeParams& c, void* workspace, void* stream);
+size_t cope_bwd_workspace(const CopeBwdParams& a);
+int cope_bwd(const CopeBwdParams& a, void* workspace, void* stream);
+
 // float32 and the two 16-bit types.
 int rotate(const RotateParams& p, void* stream);
 int rope_table(const RopeTableParams& p, void* stream);

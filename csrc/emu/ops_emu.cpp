@@ -44,6 +44,13 @@ STABLE_TORCH_LIBRARY(fastpe_emu, m) {
   m.def("attn_decode(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS ", Tensor? pages, Tensor? lengths, Tensor? list, Tensor? turn, Tensor[] k_more) -> (Tensor out, Tensor lse)");
   m.def("attn_mass(Tensor q, Tensor k, Tensor lse, Tensor? weights, " FASTPE_ATTN_ARGS ") -> Tensor");
   m.def("attn_rows(Tensor q, Tensor k, Tensor? lse, int rows, bool logits, " FASTPE_ATTN_ARGS ") -> Tensor");
+  m.def(
+      "cope_fwd(Tensor q, Tensor k, Tensor v, " FASTPE_COPE_ARGS
+      ", bool training) -> (Tensor out, Tensor lse, Tensor carry, Tensor residual)");
+  m.def(
+      "cope_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor carry, "
+      "Tensor? residual, " FASTPE_COPE_ARGS
+      ", int needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate_q, Tensor dgate_k, Tensor dtable)");
   m.def("merge_fwd(Tensor[] outs, Tensor[] lses, float[] factors) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_bwd(Tensor? dout, Tensor? dlse, Tensor[] outs, Tensor[] lses, float[] factors, int needs) -> "

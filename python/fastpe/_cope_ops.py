@@ -1,4 +1,4 @@
-"""Shapes for tracing and derivatives of the ops of contextual positions. Kernels: csrc/cpu/cope_*.cpp."""
+"""Shapes for tracing and derivatives of the ops of contextual positions. Kernels: csrc/cpu/cope_*.cpp, csrc/cuda/cope.cu."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def attention(
     _check_kinds(rope, bias, mask, region, is_causal, return_lse, softcap_includes_bias)
     query, key, value = _autocast(query, key, value)
     B, H, Nq, D, Nk = _check_qkv(query, key, value)
-    _check_kernels(query.device.type, query.dtype, bias)
+    _check_kernels(query.device.type, query.dtype)
     ready = _ready(
         query, key, D, rope=rope, bias=bias, mask=mask, region=region, positions=positions, key_positions=key_positions, scale=scale,
         row_scale=row_scale, softcap=softcap, softcap_includes_bias=softcap_includes_bias, is_causal=is_causal,
@@ -253,7 +253,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor, where: str = _WHERE) ->
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
 
 
-def _check_kernels(device: str, dtype: torch.dtype, bias: Bias | None, where: str = _WHERE) -> None:
+def _check_kernels(device: str, dtype: torch.dtype, where: str = _WHERE) -> None:
     """What the CUDA kernels do not have."""
     if device != "cuda":
         return
@@ -261,8 +261,6 @@ def _check_kernels(device: str, dtype: torch.dtype, bias: Bias | None, where: st
         raise NotImplementedError(
             f"{where}: query on a GPU must be bfloat16 or float16, got {_check.name(dtype)}; cast query, key and value, or call on the CPU"
         )
-    if isinstance(bias, Contextual):
-        raise NotImplementedError(f"{where}: bias {type(bias).__name__} does not go with tensors on a GPU; call on the CPU")
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, where: str = _WHERE) -> tuple[int, int, int, int, int]:

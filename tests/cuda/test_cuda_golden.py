@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fastpe
-from fastpe import bias
 from fastpe.testing import compare
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
@@ -30,8 +29,6 @@ def test_kernels(number, on_kernels):
     # One of the two types each: what differs between them is one instruction.
     dtype = (torch.bfloat16, torch.float16)[number % 2]
     case = GOLDEN.Golden(*key, dtype)
-    if isinstance(case.kwargs.get("bias"), (bias.Cope, bias.PerRowForget)):
-        pytest.skip("contextual biases have CPU kernels only")
     try:
         with on_kernels():
             got = case(fastpe.attention)

@@ -27,16 +27,25 @@ SOURCE = """
 #include "cuda/conformance.cuh"
 #include "cuda/prepare.cuh"
 #include "cuda/sm80/attn_fwd.cuh"
+#include "cuda/sm80/cope_bwd.cuh"
+#include "cuda/sm80/cope_fwd.cuh"
 using namespace fastpe::cuda;
 template __global__ void conformance::mma_kernel<Bf16>(conformance::Args);
 template __global__ void conformance::mma_kernel<F16>(conformance::Args);
 template __global__ void fastpe::cuda::keys_kernel<Bf16>(const __grid_constant__ KeysArgs);
 template __global__ void fastpe::cuda::attn_fwd_kernel<Bf16, 64, Kind::rel>(const __grid_constant__ FwdArgs);
 template __global__ void fastpe::cuda::attn_fwd_kernel<Bf16, 64, Kind::table>(const __grid_constant__ FwdArgs);
+template __global__ void fastpe::cuda::cope_table_kernel<Bf16>(const __grid_constant__ CopeArgs);
+template __global__ void fastpe::cuda::cope_table_grad_kernel<Bf16>(const __grid_constant__ TableGradArgs);
+template __global__ void fastpe::cuda::cope_fwd_kernel<Bf16, 64>(const __grid_constant__ CopeArgs);
+template __global__ void fastpe::cuda::cope_bwd_q_kernel<Bf16, 64>(const __grid_constant__ CopeArgs);
+template __global__ void fastpe::cuda::cope_bwd_kv_kernel<Bf16, 64>(const __grid_constant__ CopeArgs);
 """
+COPE = ("cope_table", "cope_table_grad", "cope_fwd", "cope_bwd_q", "cope_bwd_kv")
 # Name of a launch: what its mangled name contains.
 ENTRIES = {
     **{n: [f"{n}_kernel"] for n in ("ldmatrix", "shuffle", "cp_async", "convert", "barrier", "exp", "envelope")},
+    **{n: [f"{n}_kernel"] for n in COPE},
     "mma_bf16": ["mma_kernel", "Bf16"], "mma_f16": ["mma_kernel", "F16"], "keys": ["keys_kernel"],
 }  # fmt: skip
 
@@ -140,3 +149,24 @@ def test_forward(name, ptx, on_emulator, emu):
     # Fused products and another order of sums: the last bit of bf16 may differ.
     assert error(lse, want_lse) <= 1e-5
     assert error(out, want) <= 2.0**-8
+
+
+@pytest.mark.parametrize("name", ["cope", "per_row"])
+def test_contextual_positions(name, ptx, on_emulator, emu):
+    g = torch.Generator().manual_seed(4)
+    q, k, v, gate_k = (torch.randn(1, 1, n, 24, generator=g).bfloat16().requires_grad_() for n in (20, 80, 80, 80))
+    table = torch.randn(24, 12, generator=g).requires_grad_()
+    gate_q = torch.randn(1, 1, 20, 24, generator=g).bfloat16().requires_grad_()
+    bias = fastpe.bias.Cope(table, gate_k) if name == "cope" else fastpe.bias.PerRowForget(gate_q, gate_k)
+    leaves = (q, k, v, gate_k, table if name == "cope" else gate_q)
+
+    def run():
+        with on_emulator():
+            out, lse = fastpe.attention(q, k, v, bias=bias, is_causal=True, return_lse=True)
+            return out.detach(), lse.detach(), *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+
+    got = run()
+    assert set(ptx.ran) == {n for n in COPE if name == "cope" or "table" not in n}
+    emu.set_runner(None)
+    for x, want in zip(got, run(), strict=True):
+        assert error(x, want) <= 2.0**-8
