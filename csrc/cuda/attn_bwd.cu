@@ -54,16 +54,6 @@ BwdArgs carve(const AttnBwdParams& a, Carver& c) {
   return g;
 }
 
-int rotate_to(const AttnParams& p, const View& x, const View& y, const Rope& rope, int64_t H, int64_t N, void* stream) {
-  RotateParams r;
-  r.dtype = p.dtype;
-  r.B = p.B, r.H = H, r.N = N, r.D = p.D, r.J = p.rope_pairs;
-  r.x = x, r.y = y;
-  r.rope = rope;
-  r.layout = p.rope_layout;
-  return rotate(r, stream);
-}
-
 int sum(SumArgs s, void* stream);
 
 template <class T>

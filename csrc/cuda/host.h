@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "launch.h"
 #include "plan.h"
 
 namespace fastpe::cuda {
@@ -46,6 +47,17 @@ inline Spans carve_spans(const AttnParams& p, Carver& c) {
   s.lower = carve_span(c, v.lower, v.lower_sb, p.B, 1, p.Nq, s.lower_sb);
   s.interval = carve_span(c, v.intervals, v.intervals_sb, p.B, 4, p.Nk, s.interval_sb);
   return s;
+}
+
+// y = x rotated, for a tensor of H heads and N tokens.
+inline int rotate_to(const AttnParams& p, const View& x, const View& y, const Rope& rope, int64_t H, int64_t N, void* stream) {
+  RotateParams r;
+  r.dtype = p.dtype;
+  r.B = p.B, r.H = H, r.N = N, r.D = p.D, r.J = p.rope_pairs;
+  r.x = x, r.y = y;
+  r.rope = rope;
+  r.layout = p.rope_layout;
+  return rotate(r, stream);
 }
 
 // attn_fwd.cu. Rotated keys, every copy of them, and norms by tile (may be null).

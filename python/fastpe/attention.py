@@ -253,16 +253,16 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor, where: str = _WHERE) ->
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
 
 
-def _check_kernels(device: str, dtype: torch.dtype, bias: Bias | None) -> None:
+def _check_kernels(device: str, dtype: torch.dtype, bias: Bias | None, where: str = _WHERE) -> None:
     """What the CUDA kernels do not have."""
     if device != "cuda":
         return
     if dtype not in (torch.bfloat16, torch.float16):
         raise NotImplementedError(
-            f"{_WHERE}: query on a GPU must be bfloat16 or float16, got {_check.name(dtype)}; cast query, key and value, or call on the CPU"
+            f"{where}: query on a GPU must be bfloat16 or float16, got {_check.name(dtype)}; cast query, key and value, or call on the CPU"
         )
     if isinstance(bias, Contextual):
-        raise NotImplementedError(f"{_WHERE}: bias {type(bias).__name__} does not go with tensors on a GPU; call on the CPU")
+        raise NotImplementedError(f"{where}: bias {type(bias).__name__} does not go with tensors on a GPU; call on the CPU")
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, where: str = _WHERE) -> tuple[int, int, int, int, int]:
