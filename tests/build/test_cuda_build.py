@@ -29,6 +29,8 @@ SPILLS = {
     ("attn_bwd_q", 96): 96, ("attn_bwd_q", 128): 128, ("attn_bwd_q", 256): 704,
     ("attn_bwd_kv", 96): 320, ("attn_bwd_kv", 128): 512, ("attn_bwd_kv", 256): 1024,
     ("attn_bwd_terms", 64): 256, ("attn_bwd_terms", 96): 448, ("attn_bwd_terms", 128): 448, ("attn_bwd_terms", 256): 704,
+    ("landmark_fwd", 256): 256, ("landmark_bwd_q", 96): 64, ("landmark_bwd_q", 256): 192,
+    ("landmark_bwd_kv", 128): 384, ("landmark_bwd_kv", 256): 704,
 }  # fmt: skip
 
 
