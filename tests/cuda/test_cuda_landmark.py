@@ -47,7 +47,7 @@ class Blocks(CPU.Case):
 
 
 CASES = CPU.CASES | {
-    "dense_marks": dataclasses.replace(CPU.CASES["dense_marks"], B=2, H=1, Hk=1),
+    "dense_marks": dataclasses.replace(CPU.CASES["dense_marks"], B=2),
     "no_room": Blocks(lengths=(65, 1), H=1, Hk=1, Nq=300, Nk=300, rope="half"),
     "long_and_short": Blocks(lengths=(3, 150, 2, 20, 70, 64, 1), B=1, H=2, Hk=1, Nq=330, Nk=330, padding=True),
     "long_offset": Blocks(lengths=(100,), H=2, Hk=1, Nq=70, Nk=333, rope="half", storage="bnhd"),
