@@ -18,6 +18,7 @@
 #include "core/tiles.h"
 #include "cuda/launch.h"
 #include "decode.h"
+#include "landmark.h"
 #include "mass.h"
 #include "merge.h"
 
@@ -102,6 +103,28 @@ AttnGrads device_attn_bwd(
     Queue queue(q);
     const Workspace w(q, cuda::attn_bwd_workspace(b));
     started("attn_bwd", cuda::attn_bwd(b, w.base, queue.stream()));
+  });
+}
+
+// ---- landmark attention ---------------------------------------------------------------------------------------------
+
+template <class Queue>
+std::tuple<Tensor, Tensor> device_landmark_fwd(Tensor q, Tensor k, Tensor v, FASTPE_LANDMARK_PARAMS) {
+  check_half("landmark_fwd", q);
+  return landmark_fwd_on(q, k, v, FASTPE_LANDMARK_VALUES, [&](const LandmarkParams& p) {
+    Queue queue(q);
+    const Workspace w(q, cuda::landmark_fwd_workspace(p));
+    started("landmark_fwd", cuda::landmark_fwd(p, w.base, queue.stream()));
+  });
+}
+template <class Queue>
+std::tuple<Tensor, Tensor, Tensor> device_landmark_bwd(
+    Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, FASTPE_LANDMARK_PARAMS, int64_t needs) {
+  check_half("landmark_bwd", q);
+  return landmark_bwd_on(dout, dlse, q, k, v, out, lse, FASTPE_LANDMARK_VALUES, needs, [&](const LandmarkBwdParams& b) {
+    Queue queue(q);
+    const Workspace w(q, cuda::landmark_bwd_workspace(b));
+    started("landmark_bwd", cuda::landmark_bwd(b, w.base, queue.stream()));
   });
 }
 
@@ -270,6 +293,8 @@ void implement_device_ops(Library& m) {
   m.impl("attn_fwd", TORCH_BOX(&device_attn_fwd<Queue>));
   m.impl("attn_bwd", TORCH_BOX(&device_attn_bwd<Queue>));
   m.impl("attn_decode", TORCH_BOX(&device_attn_decode<Queue>));
+  m.impl("landmark_fwd", TORCH_BOX(&device_landmark_fwd<Queue>));
+  m.impl("landmark_bwd", TORCH_BOX(&device_landmark_bwd<Queue>));
   m.impl("attn_mass", TORCH_BOX(&device_attn_mass<Queue>));
   m.impl("attn_rows", TORCH_BOX(&device_attn_rows<Queue>));
   m.impl("cope_fwd", TORCH_BOX(&device_cope_fwd<Queue>));

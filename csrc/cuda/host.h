@@ -49,7 +49,7 @@ inline Spans carve_spans(const AttnParams& p, Carver& c) {
   return s;
 }
 
-// y: x (B,H,N,D) turned.
+// y = x rotated, for a tensor of H heads and N tokens.
 inline int rotate_to(const AttnParams& p, const View& x, const View& y, const Rope& rope, int64_t H, int64_t N, void* stream) {
   RotateParams r;
   r.dtype = p.dtype;

@@ -38,6 +38,11 @@ int rotate(const RotateParams& p, void* stream);
 int rope_table(const RopeTableParams& p, void* stream);
 int prefix_sum(const PrefixParams& p, void* stream);
 
+size_t landmark_fwd_workspace(const LandmarkParams& p);
+int landmark_fwd(const LandmarkParams& p, void* workspace, void* stream);
+size_t landmark_bwd_workspace(const LandmarkBwdParams& a);
+int landmark_bwd(const LandmarkBwdParams& a, void* workspace, void* stream);
+
 // fwd.v: k, for its shape.
 size_t attn_mass_workspace(const MassParams& m);
 int attn_mass(const MassParams& m, void* workspace, void* stream);

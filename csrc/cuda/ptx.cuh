@@ -79,6 +79,9 @@ FASTPE_DEVICE uint32_t pack_f16x2(float lo, float hi) {
   return y;
 }
 
+// 32 for 0.
+FASTPE_DEVICE uint32_t count_leading_zeros(uint32_t x) { return uint32_t(__clz(int(x))); }
+
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 struct alignas(16) Quad {

@@ -42,6 +42,13 @@ STABLE_TORCH_LIBRARY(fastpe_emu, m) {
       "Tensor drow_scale, Tensor dpieces, Tensor domega, Tensor drows, Tensor dcols, Tensor ddense, Tensor dfactor, Tensor dpairs, Tensor drow_q, "
       "Tensor drow_e, Tensor dcol_k, Tensor dcol_e)");
   m.def("attn_decode(Tensor q, Tensor k, Tensor v, " FASTPE_ATTN_ARGS ", Tensor? pages, Tensor? lengths, Tensor? list, Tensor? turn, Tensor[] k_more) -> (Tensor out, Tensor lse)");
+  m.def(
+      "landmark_fwd(Tensor q, Tensor k, Tensor v, Tensor is_landmark, Tensor? visible, Tensor? q_rope, Tensor? k_rope, "
+      "int rope_layout, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "landmark_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor is_landmark, "
+      "Tensor? visible, Tensor? q_rope, Tensor? k_rope, int rope_layout, float scale, int needs) -> "
+      "(Tensor dq, Tensor dk, Tensor dv)");
   m.def("attn_mass(Tensor q, Tensor k, Tensor lse, Tensor? weights, " FASTPE_ATTN_ARGS ") -> Tensor");
   m.def("attn_rows(Tensor q, Tensor k, Tensor? lse, int rows, bool logits, " FASTPE_ATTN_ARGS ") -> Tensor");
   m.def(

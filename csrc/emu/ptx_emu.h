@@ -65,6 +65,8 @@ inline uint16_t float_to_f16(float x) {
 inline uint32_t pack_bf16x2(float lo, float hi) { return float_to_bf16(lo) | uint32_t(float_to_bf16(hi)) << 16; }
 inline uint32_t pack_f16x2(float lo, float hi) { return float_to_f16(lo) | uint32_t(float_to_f16(hi)) << 16; }
 
+inline uint32_t count_leading_zeros(uint32_t x) { return x ? uint32_t(__builtin_clz(x)) : 32u; }
+
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 struct alignas(16) Quad {

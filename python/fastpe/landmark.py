@@ -1,4 +1,5 @@
-"""Landmark attention, a softmax of two levels, with the ops' shapes and derivatives. Kernels: csrc/cpu/landmark_*.cpp."""
+"""Landmark attention, a softmax of two levels, with the ops' shapes and derivatives. Kernels: csrc/cpu/landmark_*.cpp,
+csrc/cuda/sm80/landmark_*.cuh."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from . import _check
 from ._call import Call
 from ._rope import Rope
-from .attention import _autocast, _check_qkv, _rotation
+from .attention import _autocast, _check_kernels, _check_qkv, _rotation
 from .mask import Mask
 from .merge import merge
 from .ops import _like, aux_dtype
@@ -43,12 +44,13 @@ def landmark_attention(
     tokens takes its share of `a` and gives nothing. Linear memory; one pass as in `fastpe.attention`.
 
     Args:
-        query: (B, H, Nq, D) float32, bfloat16, float16 or float64; D from 8 to 256 in steps of 8; any strides with a
-            contiguous last dimension.
+        query: (B, H, Nq, D) float32, bfloat16, float16 or float64 (on a GPU bfloat16 or float16); D from 8 to 256 in steps
+            of 8; any strides with a contiguous last dimension.
         key: (B, Hk, Nk, D), H a multiple of Hk.
         value: (B, Hk, Nk, Dv), Dv from 8 to 256 in steps of 8.
         is_landmark: (Nk,) or (B, Nk) bool. Any pattern; the released models put one after every 50 or 63 tokens.
-            Scratch memory grows with the longest block.
+            On a CPU scratch memory grows with the longest block; on a GPU blocks of more than 64 tokens are read more
+            than once (docs/cuda.md).
         rope: rotary embedding of query and key (`fastpe.rope`).
         mask: only `fastpe.mask.padding`, and `fastpe.mask.causal`, which holds anyway. A padded key is in no softmax; a
             padded landmark closes its block, which nobody reaches.
@@ -62,7 +64,7 @@ def landmark_attention(
 
     Raises:
         TypeError, ValueError: named after the argument, with what was expected and what came.
-        NotImplementedError: a mask with another rule.
+        NotImplementedError: a mask with another rule; another dtype on a GPU.
 
     >>> import torch, fastpe
     >>> q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
@@ -80,6 +82,7 @@ def landmark_attention(
             raise TypeError(f"{_WHERE}: {what} must be {how}, got {type(x).__name__}")
     query, key, value = _autocast(query, key, value, _WHERE)
     B, H, Nq, D, Nk = _check_qkv(query, key, value, _WHERE)
+    _check_kernels(query.device.type, query.dtype, _WHERE)
     scale = D**-0.5 if scale is None else _check.number(_WHERE, "scale", scale)
     call = Call(B, H, Nq, Nk, True, aux_dtype(query.dtype), query.device)
     is_landmark = _per_key(_WHERE, "is_landmark", is_landmark, call)
@@ -147,6 +150,7 @@ def landmark_retrieval(
     where = "fastpe.landmark_retrieval"
     query, key, value = _autocast(query, key, value, where)
     B, H, Nq, D, Nk = _check_qkv(query, key, value, where)
+    _check_kernels(query.device.type, query.dtype, where)
     if Nk != Nq:
         raise ValueError(f"{where}: key has {Nk} tokens, query has {Nq}; they are the same new tokens")
     block, top_k = _check.count(where, "block", block, 2), _check.count(where, "top_k", top_k, 1)
@@ -205,13 +209,17 @@ def landmark_retrieval(
         p = torch.softmax(s[..., :-1], -1)
         pieces.append(((p[..., None, :] @ cached_v[chosen][..., :-1, :].to(wide))[..., 0, :], s[..., -1]))
     block_out, block_lse = (torch.cat(x, 2) for x in zip(*pieces))  # (B, H, Nq, K, Dv), (B, H, Nq, K)
-    outs = [out.to(wide), *(x.contiguous() for x in block_out.unbind(3))]
-    out = merge(outs, [lse, *block_lse.unbind(3)])[0].to(query.dtype)
+    outs, lses = [out.to(wide), *(x.contiguous() for x in block_out.unbind(3))], [lse, *block_lse.unbind(3)]
+    while len(outs) > _MERGED:
+        one, one_lse = merge(outs[:_MERGED], lses[:_MERGED])
+        outs, lses = [one, *outs[_MERGED:]], [one_lse, *lses[_MERGED:]]
+    out = merge(outs, lses)[0].to(query.dtype)
     return (out, selected) if return_selected else out
 
 
-# Numbers gathered at a time.
+# Numbers gathered at a time; parts merged at a time, which the CUDA kernels limit.
 _GATHERED = 1 << 23
+_MERGED = 32
 
 
 def _per_key(where: str, what: str, x, call: Call) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "emu"))
 import emulated  # noqa: E402
 
-OPS = ("attn_fwd", "attn_bwd", "attn_decode", "cope_fwd", "cope_bwd", "rotate", "rotate_", "rotate_pair", "rotate_pair_", "rope_table", "prefix_sum", "cumsum_exact", "merge_fwd", "merge_bwd", "attn_mass", "attn_rows")
+OPS = ("attn_fwd", "attn_bwd", "attn_decode", "cope_fwd", "cope_bwd", "rotate", "rotate_", "rotate_pair", "rotate_pair_", "rope_table", "prefix_sum", "cumsum_exact", "merge_fwd", "merge_bwd", "attn_mass", "attn_rows", "landmark_fwd", "landmark_bwd")
 GPU = torch.cuda.is_available()
 # What runs the kernels. FASTPE_TEST_KERNELS=gpu leaves the emulator out, for a machine where it was run before.
 RUNNERS = [r for r in ("emulator", "gpu") if (r != "gpu" or GPU) and os.environ.get("FASTPE_TEST_KERNELS", r) == r]

@@ -368,6 +368,7 @@ class Block:
     op_neg, op_abs, op_sqrt = _unary(np.negative), _unary(np.abs), _unary(np.sqrt)
     op_ex2, op_lg2 = _unary(np.exp2), _unary(np.log2)
     op_rcp = _unary(lambda x: (1 / x).astype(x.dtype))
+    op_clz = _unary(lambda x: (32 - np.frexp(x.view(np.uint32).astype(np.float64))[1]).astype(x.dtype))
 
     def op_not(self, frame, op, args):
         x = frame.read(args[1], op[-1], self)
@@ -385,10 +386,11 @@ class Block:
         frame.write(args[0], shifted if op[-1][0] == "s" else np.where(n >= bits, 0, shifted), op[-1])
 
     def op_bfi(self, frame, op, args):
-        a, b = frame.read(args[1], "u32", self), frame.read(args[2], "u32", self)
+        t = TYPES[op[-1]]
+        a, b = (frame.read(x, op[-1], self) for x in args[1:3])
         start, length = int(args[3]), int(args[4])
-        field = np.uint32(((1 << length) - 1) << start)
-        frame.write(args[0], (b & ~field) | (a << np.uint32(start) & field), "b32")
+        field = t.type(((1 << length) - 1) << start)
+        frame.write(args[0], (b & ~field) | (a << t.type(start) & field), op[-1])
 
     def op_prmt(self, frame, op, args):
         both = np.stack([frame.read(x, "b32", self) for x in args[1:3]], 1).view(np.uint8)

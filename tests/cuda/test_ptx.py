@@ -25,10 +25,12 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
 
 SOURCE = """
 #include "cuda/conformance.cuh"
+#include "cuda/landmark_plan.cuh"
 #include "cuda/prepare.cuh"
 #include "cuda/sm80/attn_fwd.cuh"
 #include "cuda/sm80/cope_bwd.cuh"
 #include "cuda/sm80/cope_fwd.cuh"
+#include "cuda/sm80/landmark_fwd.cuh"
 using namespace fastpe::cuda;
 template __global__ void conformance::mma_kernel<Bf16>(conformance::Args);
 template __global__ void conformance::mma_kernel<F16>(conformance::Args);
@@ -40,12 +42,13 @@ template __global__ void fastpe::cuda::cope_table_grad_kernel<Bf16>(const __grid
 template __global__ void fastpe::cuda::cope_fwd_kernel<Bf16, 64>(const __grid_constant__ CopeArgs);
 template __global__ void fastpe::cuda::cope_bwd_q_kernel<Bf16, 64>(const __grid_constant__ CopeArgs);
 template __global__ void fastpe::cuda::cope_bwd_kv_kernel<Bf16, 64>(const __grid_constant__ CopeArgs);
+template __global__ void fastpe::cuda::landmark_fwd_kernel<Bf16, 64>(const __grid_constant__ LandmarkFwdArgs);
 """
+LANDMARK = ("landmark_plan", "landmark_tile", "landmark_fwd")
 COPE = ("cope_table", "cope_table_grad", "cope_fwd", "cope_bwd_q", "cope_bwd_kv")
 # Name of a launch: what its mangled name contains.
 ENTRIES = {
-    **{n: [f"{n}_kernel"] for n in ("ldmatrix", "shuffle", "cp_async", "convert", "barrier", "exp", "envelope")},
-    **{n: [f"{n}_kernel"] for n in COPE},
+    **{n: [f"{n}_kernel"] for n in ("ldmatrix", "shuffle", "cp_async", "convert", "barrier", "exp", "envelope", *COPE, *LANDMARK)},
     "mma_bf16": ["mma_kernel", "Bf16"], "mma_f16": ["mma_kernel", "F16"], "keys": ["keys_kernel"],
 }  # fmt: skip
 
@@ -170,3 +173,21 @@ def test_contextual_positions(name, ptx, on_emulator, emu):
     emu.set_runner(None)
     for x, want in zip(got, run(), strict=True):
         assert error(x, want) <= 2.0**-8
+
+
+def test_landmark(ptx, on_emulator, emu):
+    """Short blocks, one longer than a tile, padding, a block without a landmark."""
+    g = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(1, 1, n, 64, generator=g).bfloat16() for n in (40, 150, 150))
+    is_landmark, real = torch.zeros(150, dtype=torch.bool), torch.rand(1, 150, generator=g) > 0.2
+    is_landmark[[30, 100, 120]] = True
+    call = {"rope": fastpe.rope.default(64), "mask": fastpe.mask.padding(real), "return_lse": True}
+    with torch.no_grad():
+        with on_emulator():
+            out, lse = fastpe.landmark_attention(q, k, v, is_landmark, **call)
+        assert {"landmark_plan", "landmark_tile", "landmark_fwd", "keys"} <= set(ptx.ran)
+        emu.set_runner(None)
+        with on_emulator():
+            want, want_lse = fastpe.landmark_attention(q, k, v, is_landmark, **call)
+    assert error(lse, want_lse) <= 1e-5
+    assert error(out, want) <= 2.0**-8

@@ -152,27 +152,31 @@ def test_kernels(key, dtype, isa, record_property):
 RETRIEVALS = [case for case in golden.case_names("chunk_landmark_cache")] if "chunk_landmark_cache" in golden.stems() else []
 
 
+def retrieval(a, dtype, of):
+    """The numbers of `dtype`, computed in `of`."""
+    q, k, v, k_cache, v_cache = (a[name].to(dtype).to(of) for name in ("q", "k", "v", "k_cache", "v_cache"))
+    return fastpe.landmark_retrieval(
+        q, k, v, a["is_landmark_current"], k_cache, v_cache, block=a["mem_freq"] + 1, top_k=a["top_k"],
+        rope=fastpe.Rope(a["inv_freq"]), return_selected=True,
+    )  # fmt: skip
+
+
+def close_retrieval(out, selected, want, exact, dtype):
+    """Half precision may choose other blocks, since its inputs are rounded: rows that chose the same are compared."""
+    same = (selected == exact).all(-1)
+    assert same.double().mean() >= 0.9
+    # Products of rounded keys, of rounded P, and the result: a few roundings.
+    compare.close("out", out[same], want[same], 4 * rounding(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("case", RETRIEVALS)
 def test_landmark_cache(case, dtype, isa, record_property):
-    """Half precision may choose other blocks, since its inputs are rounded: rows that chose the same are compared."""
     a = golden.load("chunk_landmark_cache", case)
-
-    def run(of):
-        q, k, v, k_cache, v_cache = (a[name].to(dtype).to(of) for name in ("q", "k", "v", "k_cache", "v_cache"))
-        return fastpe.landmark_retrieval(
-            q, k, v, a["is_landmark_current"], k_cache, v_cache, block=a["mem_freq"] + 1, top_k=a["top_k"],
-            rope=fastpe.Rope(a["inv_freq"]), return_selected=True,
-        )  # fmt: skip
-
-    out, selected = run(dtype)
+    out, selected = retrieval(a, dtype, dtype)
     if dtype in compare.TOLERANCE:
         assert torch.equal(selected[0], a["selected"])
         compare.close("out", out, a["out"], compare.TOLERANCE[dtype][0])
     else:
-        want, exact = run(torch.float64)
-        same = (selected == exact).all(-1)
-        assert same.double().mean() >= 0.9
-        # Products of rounded keys, of rounded P, and the result: a few roundings.
-        compare.close("out", out[same], want[same], 4 * rounding(dtype))
+        close_retrieval(out, selected, *retrieval(a, dtype, torch.float64), dtype)
     record_property("golden", ("chunk_landmark_cache", case, f"{ids(dtype)} {isa}"))
