@@ -66,6 +66,9 @@ AttnGrads attn_bwd_on(
     g = t.mutable_data_ptr();
     return t;
   };
+  // Their gradients come for every batch entry and head.
+  if ((needs & need_row_q) && bias_row_q) check_shape(c, "bias_row_q", *bias_row_q, {{p.B}, {p.H}, {p.Nq}, {p.bias.strip_d}});
+  if ((needs & need_col_k) && bias_col_k) check_shape(c, "bias_col_k", *bias_col_k, {{p.B}, {p.H}, {p.Nk}, {p.bias.strip_d}});
   AttnGrads g{
       like(need_q, q, b.dq), like(need_k, k, b.dk), like(need_v, v, b.dv),
       grad_of(need_params, "bias_params", bias_params, b.dparams), grad_of(need_gamma, "bias_gamma", bias_gamma, b.dgamma),

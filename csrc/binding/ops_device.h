@@ -43,10 +43,6 @@ inline void check_half(const char* op, const Tensor& q) {
   check(op, q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half, "the CUDA kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()), "; cast q, k and v, or call on the CPU");
 }
 
-inline void check_supported(const char* op, const AttnParams& p) {
-  check(op, !p.bias.row_e && !p.bias.col_e, "the CUDA kernels do not have products with tables yet; give their terms as bias_rows and bias_cols");
-}
-
 // ---- attention ------------------------------------------------------------------------------------------------------
 
 template <class Queue>
@@ -63,7 +59,6 @@ std::tuple<Tensor, Tensor, Tensor> device_attn_fwd(Tensor q, Tensor k, Tensor v,
   check_half(op, q);
   const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
   AttnParams p = read_attn(op, a);
-  check_supported(op, p);
   Tensor out = empty_in_order(q, p.B, p.H, p.Nq, p.Dv);
   Tensor lse = empty(q, {p.B, p.H, p.Nq}, aux_type(p.dtype));
   Tensor residual = keep_residual ? empty_in_order(q, p.B, p.H, p.Nq, p.Dv) : none(q, q.scalar_type());
@@ -99,7 +94,6 @@ AttnGrads device_attn_bwd(
     int64_t needs) {
   check_half("attn_bwd", q);
   return attn_bwd_on(dout, dlse, q, k, v, out, lse, residual, FASTPE_ATTN_VALUES, needs, [&](const AttnBwdParams& b) {
-    check_supported("attn_bwd", b.fwd);
     Queue queue(q);
     const Workspace w(q, cuda::attn_bwd_workspace(b));
     started("attn_bwd", cuda::attn_bwd(b, w.base, queue.stream()));

@@ -25,6 +25,7 @@ int64_t term_sums(const AttnBwdParams& a) {
   want(needs(a, need_table) && is_mapped_table(p.bias), bins * p.bias.table_len);
   want(needs(a, need_pieces), bins * 2 * p.bias.pieces_len);
   want(needs(a, need_factor | need_pairs), bins * p.bias.Sq * p.bias.Sk);
+  want(needs(a, need_row_e | need_col_e), (diagonals + p.bias.terms_len) * p.bias.strip_d);
   want(needs(a, need_dense) && (p.bias.dense.sn == 0 || p.bias.dense_sk == 0), p.Nq > p.Nk ? p.Nq : p.Nk);
   return bh * most;
 }
@@ -130,6 +131,18 @@ int run_terms(const BwdArgs& g, void* stream) {
   if (a.dpairs) by_segments(Target::segments, a.dpairs, s.pairs);
   if (a.drows) walk(Walk::rows, Target::entries, a.drows, s.terms_len);
   if (a.dcols) walk(Walk::columns, Target::entries, a.dcols, s.terms_len);
+  // Vectors of a table: by offset of every tile diagonal, by entry, summed over the heads that share it.
+  const auto by_offset = [&](Target target, void* out, const Aux& like) {
+    walk(Walk::diagonals, target, g.term_sums, s.strip_d);
+    float* entries = g.term_sums + bh * (nqb + nkt - 1) * 2 * kBwdBlock * s.strip_d;
+    const OffsetArgs o{g.term_sums, entries, s, p.Nq, p.Nk};
+    if (!rc) rc = launch(&offset_sum_kernel, "offset_sum", bh * s.terms_len, 128, 4 * 256 * 4, stream, o);
+    if (!rc) rc = sum({entries, nullptr, static_cast<float*>(out), p.B, p.H, s.terms_len, s.strip_d, 0, true, like.sh == 0, false}, stream);
+  };
+  if (a.drow_q) walk(Walk::rows, Target::row_q, a.drow_q, s.strip_d);
+  if (a.dcol_k) walk(Walk::columns, Target::col_k, a.dcol_k, s.strip_d);
+  if (a.drow_e) by_offset(Target::row_e, a.drow_e, s.row_e);
+  if (a.dcol_e) by_offset(Target::col_e, a.dcol_e, s.col_e);
   if (a.ddense) {
     const bool all_b = s.dense.sb == 0, all_h = s.dense.sh == 0;
     if (s.dense.sn != 0 && s.dense_sk != 0) {

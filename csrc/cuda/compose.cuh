@@ -165,12 +165,13 @@ struct Composed {
   float x, slope, outer;
   float inner;  // slope without the multiplier
 };
-FASTPE_DEVICE Composed compose(const AttnParams& p, const Softcap& cap, int64_t b, int64_t h, int64_t i, int64_t j, float product, float d, float gm, float p0, float p1, int64_t shift = 0) {
+// term: of the products with tables (strips.cuh).
+FASTPE_DEVICE Composed compose(const AttnParams& p, const Softcap& cap, int64_t b, int64_t h, int64_t i, int64_t j, float product, float d, float gm, float p0, float p1, float term, int64_t shift = 0) {
   Composed r{product, 1, 1, 1};
   const float multiplier = factor_at(p, b, h, i, j) * omega_at(p, h, i, j, shift);
   r.x *= multiplier;
   if (!p.softcap_bias) r.inner = cap.apply(r.x);
-  r.x = fma(bias_at(p, b, h, i, j, d, gm, p0, p1, shift), float(kLog2e), r.x);
+  r.x = fma(bias_at(p, b, h, i, j, d, gm, p0, p1, shift) + term, float(kLog2e), r.x);
   if (p.softcap_bias) r.inner = r.outer = cap.apply(r.x);
   r.slope = r.inner * multiplier;
   return r;

@@ -20,19 +20,6 @@ constexpr int head_dim_class(int64_t d) { return d <= 64 ? 64 : d <= 96 ? 96 : d
 constexpr int kBlockN = 64;
 static_assert(kPrefixBlock % kBlockN == 0);
 
-// Forward: 4 warps of kMt fragments of 16 rows. Two fragments would halve the shared-memory reads per product, but the
-// bias state of 4 rows a lane then spills at every head size.
-template <int kD>
-struct FwdTile {
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kMt = 1;
-  static constexpr int kBlockM = 16 * kWarps * kMt;
-  static constexpr uint32_t kQ = 0, kK = kQ + kBlockM * kD * 2, kV = kK + kBlockN * kD * 2, kTable = kV + kBlockN * kD * 2;
-  static constexpr uint32_t kBytes = kTable + (kBlockM + kBlockN) * 4;
-  static constexpr uint32_t kScores = kTable;  // composed: a tile of scores in the place of the table
-  static constexpr uint32_t kComposedBytes = kScores + 64 * 68 * 4;
-};
-constexpr int fwd_block_m(int head_dim) { return head_dim <= 64 ? FwdTile<64>::kBlockM : FwdTile<128>::kBlockM; }
-
 // How the kernels treat the bias forms; one instance of a kernel each.
 enum class Kind { none, rel, table, form, composed };
 template <Kind k>
@@ -48,6 +35,22 @@ constexpr Kind kind_of(const AttnParams& p) {
   if (pos::is_table(f)) return Kind::table;
   return f == BiasForm::linear || f == BiasForm::signed_ ? Kind::rel : Kind::form;
 }
+constexpr FASTPE_HD bool has_products(const AttnParams& p) { return p.bias.row_e.p || p.bias.col_e.p; }
+constexpr uint32_t kTermBytes = 64 * 64 * 4;  // their terms of a tile
+
+// Forward: 4 warps of kMt fragments of 16 rows. Two fragments would halve the shared-memory reads per product, but the
+// bias state of 4 rows a lane then spills at every head size.
+template <int kD>
+struct FwdTile {
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kMt = 1;
+  static constexpr int kBlockM = 16 * kWarps * kMt;
+  static constexpr uint32_t kQ = 0, kK = kQ + kBlockM * kD * 2, kV = kK + kBlockN * kD * 2, kTable = kV + kBlockN * kD * 2;
+  static constexpr uint32_t kBytes = kTable + (kBlockM + kBlockN) * 4;
+  static constexpr uint32_t kScores = kTable;  // composed: a tile of scores in the place of the table
+  static constexpr uint32_t kTerms = kScores + 64 * 68 * 4;  // where there are products with tables
+  static constexpr uint32_t bytes(Kind k, bool products) { return k != Kind::composed ? kBytes : products ? kTerms + kTermBytes : kTerms; }
+};
+constexpr int fwd_block_m(int head_dim) { return head_dim <= 64 ? FwdTile<64>::kBlockM : FwdTile<128>::kBlockM; }
 
 // Key tiles of the rows [I0, I1) in the order of the walk: from the last tile at or before the diagonal back to the first
 // visible one (near to far, so that a decaying bias lets the far ones be skipped), then what lies after the diagonal, then

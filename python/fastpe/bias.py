@@ -1563,9 +1563,8 @@ class _Product(_Indexed):
 class RowProduct(_Product):
     """b_ij = <vectors_i, table[entry(I - j)]>: a `RowTable` of vectors table^T that is never held.
 
-    The CPU kernel forms the products of a tile with the entries that the tile's offsets need, forward and backward, so memory
-    is linear however many entries the table has. On a GPU the products are formed beforehand and held, as a RowTable's terms.
-    Serves Shaw's relative keys, Transformer-XL, DeBERTa.
+    The kernels form the products of a tile with the entries that the tile's offsets need, forward and backward, so memory
+    is linear however many entries the table has. Serves Shaw's relative keys, Transformer-XL, DeBERTa.
 
     Args:
         vectors: (B | 1, H | 1, Nq, d) float, usually scale * query; d up to 256.
@@ -1589,8 +1588,6 @@ class RowProduct(_Product):
 
     def op_args(self, call: Call) -> OpBias:
         x, e = self._operands(call)
-        if call.device.type != "cpu":
-            return OpBias(rows=x @ e.transpose(-1, -2), index=self._lut(call))
         return OpBias(row_q=x, row_e=e, index=self._lut(call))
 
     materialize = RowTable.materialize
@@ -1621,8 +1618,6 @@ class ColProduct(_Product):
 
     def op_args(self, call: Call) -> OpBias:
         x, e = self._operands(call)
-        if call.device.type != "cpu":
-            return OpBias(cols=x @ e.transpose(-1, -2), index=self._lut(call))
         return OpBias(col_k=x, col_e=e, index=self._lut(call))
 
     materialize = ColTable.materialize

@@ -15,8 +15,6 @@ from fastpe.testing.compare import close_half, eager_attention, error
 
 # attn_fwd's arguments after q, k and v, of a call without any extras.
 PLAIN = [{"scale": 0.25, "block_q": 1, "block_k": 1, "softcap_bias": False}.get(n, 0 if n in _PLAIN else None) for n in _ARGS[3:-1]]
-# Products with tables, which the CUDA kernels refuse.
-PRODUCTS = {"products", "product_clipped"}
 # Three key tiles, the last one ragged.
 SMALL = Case(B=1, H=1, Hk=1, Nq=70, Nk=150, D=16, Dv=16)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +34,7 @@ def compare(case, dtype, on_kernels, **options):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-@pytest.mark.parametrize("bias", [b for b in BIASES | LONG_BIASES if b not in PRODUCTS])
+@pytest.mark.parametrize("bias", BIASES | LONG_BIASES)
 def test_bias(bias, causal, on_kernels):
     compare(dataclasses.replace(SMALL, bias=bias, causal=causal, seed=1), torch.bfloat16, on_kernels)
 
@@ -163,9 +161,3 @@ def test_splits_keep_the_residual(on_emulator):
         out, _, residual = torch.ops.fastpe.attn_fwd(q, k, v, *PLAIN, True)
     exact, _, _ = torch.ops.fastpe.attn_fwd(q.double(), k.double(), v.double(), *PLAIN, False)
     assert error(out.double() + residual.double(), exact) < 0.6 * error(out, exact)
-
-
-@pytest.mark.parametrize("bias", sorted(PRODUCTS))
-def test_products_with_tables_are_refused(bias, on_kernels):
-    with pytest.raises(RuntimeError, match="products with tables"), on_kernels():
-        build(dataclasses.replace(SMALL, bias=bias), torch.bfloat16)(fastpe.attention, backward=False)

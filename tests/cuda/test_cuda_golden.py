@@ -29,13 +29,8 @@ def test_kernels(number, on_kernels):
     # One of the two types each: what differs between them is one instruction.
     dtype = (torch.bfloat16, torch.float16)[number % 2]
     case = GOLDEN.Golden(*key, dtype)
-    try:
-        with on_kernels():
-            got = case(fastpe.attention)
-    except RuntimeError as error:
-        if "products with tables" not in str(error):
-            raise
-        pytest.skip("products with tables have CPU kernels only")
+    with on_kernels():
+        got = case(fastpe.attention)
     want = GOLDEN.Golden(*key, dtype, wide=True)(fastpe.reference.attention)
     own = GOLDEN.Golden(*key, dtype)(compare.eager_attention)
     for name, x in got.items():

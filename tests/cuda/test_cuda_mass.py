@@ -18,6 +18,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
     Case(B=1, H=2, Hk=1, Nq=150, Nk=193, D=32, rope="half", causal=True),
     Case(B=2, H=2, Hk=1, Nq=70, Nk=131, D=16, bias="table", mask="everything"),
     Case(B=1, H=2, Hk=2, Nq=70, Nk=131, D=24, bias="dense", mask="blocks", score=("softcap",)),
+    Case(B=1, H=2, Hk=1, Nq=100, Nk=140, D=16, bias="products", causal=True),
     Case(B=1, H=2, Hk=1, Nq=100, Nk=100, D=16, rope="half", region="dual_chunk", causal=True, bias="cable"),
 ], ids=lambda c: f"{c.bias}-{c.mask}-{c.region}")  # fmt: skip
 def test_mass_and_rows(case, dtype, on_kernels):

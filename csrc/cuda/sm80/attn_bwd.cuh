@@ -16,7 +16,7 @@
 // (pos/region.h) the tiles of one follow those of the other; dQ and dK of each are un-rotated and added in float32.
 #pragma once
 
-#include "../compose.cuh"
+#include "../strips.cuh"
 #include "../plan.h"
 #include "../visible_tile.cuh"
 
@@ -44,12 +44,15 @@ template <int kD>
 struct BwdTile {
   static constexpr uint32_t kTileBytes = kBwdBlock * kD * 2;
   static constexpr uint32_t kQ = 0, kDo = kTileBytes, kK = 2 * kTileBytes, kV = 3 * kTileBytes;
-  static constexpr uint32_t kTable = 4 * kTileBytes, kRow = kTable + 2 * kBwdBlock * 4, kBytes = kRow + 8 * kBwdBlock * 4;
-  // Composed scores: a tile of S and one of dP. Above 128 channels they do not both fit beside the operands; dP then takes
-  // the place of the operand that is loaded anew every round and no longer needed.
+  static constexpr uint32_t kRow = 4 * kTileBytes, kTable = kRow + 8 * kBwdBlock * 4, kBytes = kTable + 2 * kBwdBlock * 4;
+  // Composed scores: a tile of S, in the place of the table, and one of dP. Above 128 channels they do not both fit beside
+  // the operands; dP then takes the place of the operand that is loaded anew every round and no longer needed.
   static constexpr bool kOverlay = kD > 128;
-  static constexpr uint32_t kS = kBytes, kDp = kS + kScoreBytes, kComposedBytes = kOverlay ? kDp : kDp + kScoreBytes;
+  static constexpr uint32_t kS = kTable, kDp = kS + kScoreBytes;
+  static constexpr uint32_t kTerms = kOverlay ? kDp : kDp + kScoreBytes;  // where there are products with tables
+  static constexpr uint32_t bytes(Kind k, bool products) { return k != Kind::composed ? kBytes : products ? kTerms + kTermBytes : kTerms; }
 };
+static_assert(BwdTile<256>::bytes(Kind::composed, true) <= 163 * 1024, "more than a block of compute capability 8.0 may have");
 
 // delta, one warp per row.
 template <class T>
@@ -228,6 +231,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
       const int x = int(thread_index());
       if (x < 2 * kBwdBlock - 1) st_shared_f32(sT + 4 * x, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + x, p.bias.table_len)] * float(kLog2e));
     }
+    if constexpr (kKind == Kind::composed)
+      if (has_products(p)) make_terms<(kD > 64 ? 2 : 5)>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
     cp_async_wait<0>();
     sync_block();
     const bool data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
@@ -247,7 +252,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
       float v = raw * c[x], slope, outer = 1;
       if constexpr (kKind == Kind::composed) {
         if (col >= keys || row_of(x) >= p.Nq) return 0.f;
-        const Composed made = compose(p, cap, b, h, row_of(x), j0 + col, v, rb.r[x] - y, rb.gm[x], rb.p0, rb.p1);
+        const float term = has_products(p) ? ld_shared_f32(term_at(smem + Shape::kTerms, local_row(x), col)) : 0.f;
+        const Composed made = compose(p, cap, b, h, row_of(x), j0 + col, v, rb.r[x] - y, rb.gm[x], rb.p0, rb.p1, term);
         v = made.x, slope = made.slope, outer = made.outer;
       } else {
         slope = cap.apply(v);
@@ -416,6 +422,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
         const int at = int(thread_index());
         if (at < 2 * kBwdBlock - 1) st_shared_f32(sT + 4 * at, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + at, p.bias.table_len)] * float(kLog2e));
       }
+      if constexpr (kKind == Kind::composed)
+        if (has_products(p)) make_terms<(kD > 64 ? 1 : 2)>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
       const bool data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
       const bool partial = keys < kBlockN || rows < kBwdBlock || data || shared || !pos::tile_full(band, I0, I1, j0, j1);
       uint64_t seen[2] = {};
@@ -450,7 +458,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
             pv = dsv = 0;
             return;
           }
-          const Composed made = compose(p, cap, b, h, i0 + query, j, v, rb.r[0] - y[z], weight, rb.p0, rb.p1);
+          const float term = has_products(p) ? ld_shared_f32(term_at(smem + Shape::kTerms, query, local_key(z))) : 0.f;
+          const Composed made = compose(p, cap, b, h, i0 + query, j, v, rb.r[0] - y[z], weight, rb.p0, rb.p1, term);
           v = made.x, slope = made.slope, outer = made.outer;
         } else {
           slope = cap.apply(v);

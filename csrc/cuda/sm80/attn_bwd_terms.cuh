@@ -23,14 +23,17 @@ enum class Walk : int32_t { diagonals, bins, rows, columns, pairs };
 // What is added up: dS of the table's entry, of the multiplicative kernel, of the pieces (times x, and alone), of row and
 // column entries, of the dense bias, of factor and addend of a pair of segments; delta itself, as sum of P dP by row. That one is free of what rounding P to 16 bits
 // put into out, which leaves row sums of dS that are not zero (FIRE's weights lose two digits in bf16).
-enum class Target : int32_t { table, omega, pieces, entries, dense, factor, segments, delta, mass, probabilities, logits };
+// Of products with tables: a row's vector by rows, a key's by columns, and the vectors of a table by diagonals, where all tiles
+// of a block have the same 127 offsets.
+enum class Target : int32_t { table, omega, pieces, entries, dense, factor, segments, delta, mass, probabilities, logits, row_q, col_k, row_e, col_e };
+constexpr FASTPE_HD bool of_products(Target t) { return t >= Target::row_q; }
 
 struct TermsArgs {
   BwdArgs g;
   Walk walk;
   Target target;
   float* out;
-  int64_t width;  // bins: sums of a warp. rows, columns: numbers of a token
+  int64_t width;  // bins: sums of a warp. rows, columns: numbers of a token. Products by diagonals: numbers of an offset
   int parts;      // bins
   bool all_b, all_h;  // pairs: the gradient has one entry for all batches, heads
   int64_t first_row = 0;  // pairs: `out` holds the queries from this one on
@@ -40,6 +43,42 @@ struct TermsArgs {
 // Parts of the queries of one (batch, head) that add into bins of their own. Of shapes alone.
 constexpr int64_t bin_parts(int64_t query_blocks) { return query_blocks < 8 ? query_blocks : 8; }
 constexpr int kBinWarps = kBwdThreads / 32;
+
+// What a tile adds to the gradients of products with tables; scores: dS by (query, key), 0 where there is none.
+//   dx_m += sum over o of dS e[index]            own tokens of a warp: a strip as in strips.cuh
+//   de[offset] += sum over m of dS x_m           32 offsets a warp: offset I0 - j0 - 63 + v at v
+FASTPE_DEVICE void add_tile_products(const TermsArgs& a, int64_t b, int64_t h, int64_t i0, int64_t j0, int rows, int keys, uint32_t scores, float* out) {
+  const AttnParams& p = a.g.a.fwd;
+  const Bias& s = p.bias;
+  const bool by_offset = a.walk == Walk::diagonals, by_row = a.target == Target::row_q || a.target == Target::row_e;
+  const int d = int(s.strip_d), warp = int(warp_index());
+  const Aux e = by_row ? s.row_e : s.col_e, x = by_row ? s.row_q : s.col_k;
+  const float *table = aux_at<float>(e, 0, h), *vectors = aux_at<float>(x, b, h, by_row ? i0 : j0);
+  const int tokens = by_row ? rows : keys;
+  FASTPE_NO_UNROLL
+  for (int part = 0; part < (by_offset ? 2 : 1); ++part) {
+    const int own = by_offset ? 32 * warp + 16 * part : 16 * warp;
+    const int64_t t0 = i0 + p.Nk - p.Nq - j0 + (by_row ? own + 15 : -own - 15);
+    // dS of offset or token m and token or place k.
+    const auto ds = [&](int m, int k) {
+      int one, other;  // of the side of x, of the other side
+      if (by_offset) {
+        const int v = own + m - (kBwdBlock - 1);  // query less key
+        one = k, other = by_row ? k - v : k + v;
+      } else {
+        one = own + m, other = k + m - 15;
+      }
+      if (other < 0 || other >= kBwdBlock) return 0.f;
+      return ld_shared_f32(by_row ? score_at(scores, one, other) : score_at(scores, other, one));
+    };
+    const auto vector = [&](int k) -> const float* {
+      if (by_offset) return k < tokens ? vectors + k * x.sn : nullptr;
+      const int32_t id = term_entry(s, by_row ? t0 - k : t0 + k);
+      return id < 0 ? nullptr : table + id * e.sn;
+    };
+    add_products(out + int64_t(own) * d, by_offset ? 16 : tokens - own, d, by_offset ? kBwdBlock : kPlaces, ds, vector);
+  }
+}
 
 template <class T, int kD>
 FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT TermsArgs a) {
@@ -117,6 +156,21 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
     }
   }
 
+  // Products: vectors of the block's own tokens or offsets, added to at every tile.
+  float* vectors = nullptr;
+  if (of_products(a.target)) {
+    const bool rows = a.walk == Walk::rows;
+    const int64_t n0 = rows ? q0 * kBwdBlock : k0 * kBlockN, N = rows ? p.Nq : p.Nk;
+    int64_t count = 2 * kBwdBlock;
+    if (a.walk == Walk::diagonals) {
+      vectors = a.out + block * count * a.width;
+    } else {
+      vectors = a.out + ((b0 * p.H + h0) * N + n0) * a.width;
+      count = N - n0 < kBwdBlock ? N - n0 : kBwdBlock;
+    }
+    for (int64_t x = tid; x < count * a.width; x += kBwdThreads) vectors[x] = 0;
+  }
+
   const Softcap cap(p);
   float c[2] = {}, scale[2] = {}, lse[2] = {}, delta[2] = {};
   RowBias<Kind::composed, 2> rb;
@@ -139,6 +193,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
           if (see.lo >= see.hi || !tile_may_see(p, g.spans, b, h, qb, i0, i0 + rows, t, j0, j1)) continue;
           const int keys = int(j1 - j0);
           sync_block();
+          if (has_products(p)) make_terms<2>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
           if (fresh) {
             if (backward) load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
             rb.start(p, b, h, offset, row_of);
@@ -199,7 +254,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
             if (visible && data) visible = sees(p, b, h, i, j);
             if (visible) {
               const float raw = ld_shared_f32(at), d = rb.r[x] - rb.key(col, keys);
-              const Composed made = compose(p, cap, b, h, i, j, raw * c[x], d, rb.gm[x], rb.p0, rb.p1);
+              const float term = has_products(p) ? ld_shared_f32(term_at(smem + Shape::kTerms, row, col)) : 0.f;
+              const Composed made = compose(p, cap, b, h, i, j, raw * c[x], d, rb.gm[x], rb.p0, rb.p1, term);
               const float prob = ex2_approx(made.x - lse[x]), dp = backward ? ld_shared_f32(at2) : 0.f, ds = prob == 0 ? 0.f : prob * (dp - delta[x]);
               value = ds * made.outer;
               if (a.target == Target::delta) value = prob * dp;
@@ -257,7 +313,9 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
             continue;
           }
           sync_block();
-          if (a.walk == Walk::pairs) {
+          if (of_products(a.target)) {
+            add_tile_products(a, b, h, i0, j0, rows, keys, s1, vectors);
+          } else if (a.walk == Walk::pairs) {
             FASTPE_NO_UNROLL
             for (int x = 0; x < kItems; ++x) {
               const int item = x * kBwdThreads + tid;
@@ -296,6 +354,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
       }
   cp_async_wait<0>();
 
+  if (of_products(a.target)) return;
   if (a.walk == Walk::diagonals) {
     a.out[int64_t(block) * 2 * kBwdBlock + tid] = sum;
   } else if (a.walk != Walk::bins && a.walk != Walk::pairs && a.target != Target::entries && tid < kBwdBlock) {
@@ -341,6 +400,50 @@ FASTPE_KERNEL(128, 1) diagonal_sum_kernel(const FASTPE_GRID_CONSTANT DiagonalArg
   FASTPE_UNROLL
   for (uint32_t s = 1; s < 32; s *= 2) total += shfl_xor(total, s);
   if (lane_index() == 0) a.out[at] = total;
+}
+
+// Vectors by offset to vectors by entry, one block per (batch, head, entry).
+struct OffsetArgs {
+  const float* x;  // (B,H,diagonals,128,d)
+  float* out;      // (B,H,R,d)
+  Bias bias;
+  int64_t Nq, Nk;
+};
+FASTPE_KERNEL(128, 1) offset_sum_kernel(const FASTPE_GRID_CONSTANT OffsetArgs a) {
+  constexpr int kParts = 8;  // of 32 channels: strip_d <= 256
+  const int64_t d = a.bias.strip_d, R = a.bias.terms_len, entry = block_index() % R, bh = block_index() / R;
+  const int64_t nkt = tiles::ceil_div(a.Nk, kBlockN), diagonals = tiles::ceil_div(a.Nq, kBwdBlock) + nkt - 1, offset = a.Nk - a.Nq;
+  const float* x = a.x + bh * diagonals * 2 * kBwdBlock * d;
+  const uint32_t lane = lane_index(), warp = warp_index(), smem = shared_base();
+  double sum[kParts] = {};
+  // Offset n of all: that of the first query and the last key, plus n. A warp looks at every fourth 32 of them.
+  const int64_t count = a.Nq + a.Nk - 1;
+  FASTPE_NO_UNROLL
+  for (int64_t n0 = int64_t(warp) * 32; n0 < count; n0 += 128) {
+    const int64_t mine = n0 + lane;
+    uint32_t found = ballot(mine < count && term_entry(a.bias, offset + 1 - a.Nk + mine) == entry);
+    FASTPE_NO_UNROLL
+    for (int n = 0; n < 32; ++n) {
+      if (!(found >> n & 1)) continue;
+      // Tile diagonal q holds the offsets from 64 (q - nkt + 1) + offset - 63 on.
+      const int64_t from = n0 + n + nkt * kBlockN - a.Nk, q = from / kBwdBlock, at = from % kBwdBlock;
+      FASTPE_UNROLL
+      for (int c = 0; c < kParts; ++c) {
+        const int64_t channel = 32 * c + lane;
+        if (channel >= d) continue;
+        if (q < diagonals) sum[c] += x[(q * 2 * kBwdBlock + at) * d + channel];
+        if (q > 0 && at < kBwdBlock - 1) sum[c] += x[((q - 1) * 2 * kBwdBlock + at + kBwdBlock) * d + channel];
+      }
+    }
+  }
+  FASTPE_UNROLL
+  for (int c = 0; c < kParts; ++c) st_shared_f32(smem + (warp * 256 + 32 * c + lane) * 4, float(sum[c]));
+  sync_block();
+  for (uint32_t c = thread_index(); c < d; c += 128) {
+    float total = 0;
+    for (uint32_t w = 0; w < 4; ++w) total += ld_shared_f32(smem + (w * 256 + c) * 4);
+    a.out[int64_t(block_index()) * d + c] = total;
+  }
 }
 
 struct ZeroArgs {

@@ -20,7 +20,7 @@
 // cannot matter later (cpu/attn_fwd.cpp states the bound).
 #pragma once
 
-#include "../compose.cuh"
+#include "../strips.cuh"
 #include "../plan.h"
 #include "../visible_tile.cuh"
 
@@ -208,6 +208,8 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     }
 
     const int keys = int(j1 - j0);
+    if constexpr (kKind == Kind::composed)
+      if (has_products(p)) make_terms<(kD > 64 ? 2 : 5)>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
     bool data = has_data(p.vis);
     if (p.vis.k_ids && !p.vis.mask && !sees_by_rules(p.vis)) {
       const int32_t *q_span = a.pre.spans.q_id + b * a.pre.spans.q_id_sb + 2 * qb, *span = a.pre.spans.k_id + b * a.pre.spans.k_id_sb + 2 * t;
@@ -258,14 +260,15 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     rb.tile(j0, j1, I0, I1, band.right == 1);
     const Softcap cap(p);
     if constexpr (kKind == Kind::composed) {
-      static_assert(kMt == 1);
+      static_assert(kMt == 1 && kBlockM == 64);
       const uint32_t sS = smem + Shape::kScores;
       fragments_to(sS, s[0]);
       sync_warp();
       for_own_rows([&](int x, int row, int col) {
         if (row >= rows || col >= keys) return;
         const uint32_t at = score_at(sS, row, col);
-        st_shared_f32(at, compose(p, cap, b, h, i0 + row, j0 + col, ld_shared_f32(at) * c[x], rb.r[x] - rb.key(col, keys), rb.gm[x], rb.p0, rb.p1).x);
+        const float term = has_products(p) ? ld_shared_f32(term_at(smem + Shape::kTerms, row, col)) : 0.f;
+        st_shared_f32(at, compose(p, cap, b, h, i0 + row, j0 + col, ld_shared_f32(at) * c[x], rb.r[x] - rb.key(col, keys), rb.gm[x], rb.p0, rb.p1, term).x);
       });
       sync_warp();
       fragments_from(sS, s[0]);

@@ -105,7 +105,7 @@ FASTPE_NOINLINE float decode_score(const AttnParams& p, Scores scores, Softcap c
   const float* params = s.params.p ? aux_at<float>(s.params, b, h) : nullptr;
   const float p0 = params ? params[0] : 0.f, p1 = params ? params[1] : 0.f;
   if (scores == Scores::rel) return fma(gm * float(kLog2e), s.form == BiasForm::signed_ ? d : pos::Phi<BiasForm::linear>::value(d, p0, p1), product);
-  return compose(p, cap, b, h, i, j, product, d, gm, p0, p1, nk - p.Nk).x;
+  return compose(p, cap, b, h, i, j, product, d, gm, p0, p1, 0.f, nk - p.Nk).x;
 }
 
 template <class T, int kD>
