@@ -95,14 +95,14 @@ if(FASTPE_EMU)
   endif()
   find_package(Threads REQUIRED)
 
-  add_library(fastpe_emu SHARED csrc/emu/emu.cpp)
+  add_library(fastpe_emu SHARED csrc/emu/emu.cpp csrc/emu/sm90.cpp)
   target_link_libraries(fastpe_emu PRIVATE fastpe_options PUBLIC Threads::Threads)
   # Threads switch stacks behind the compiler's back but never change the OS thread.
   target_compile_options(fastpe_emu PRIVATE -fvisibility=default -ftls-model=initial-exec)
 
   pybind11_add_module(fastpe_emu_tests MODULE NO_EXTRAS tests/emu/module.cpp)
   # Kernels are switched between, not run fast: -O1 compiles them in half the time.
-  target_compile_options(fastpe_emu_tests PRIVATE -O1)
+  target_compile_options(fastpe_emu_tests PRIVATE -O1 -Wno-psabi)
   target_link_libraries(fastpe_emu_tests PRIVATE fastpe_options fastpe_emu)
 
   # The kernels themselves, through the same launch code, as torch.ops.fastpe_emu.

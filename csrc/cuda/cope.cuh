@@ -45,8 +45,8 @@ struct CopeScales {
   float gate_grad;            // from the gradient of a count to that of a gate's product
   float top;                  // last position of the table
   FASTPE_DEVICE explicit CopeScales(const CopeParams& c)
-      : table(c.table), own(c.gate_k.p), gate(float(c.gate_scale * kLog2e)), score(float(c.attn.scale * kLog2e)), bias(float(c.table_scale)),
-        gate_grad(float(c.gate_scale * (c.table ? kLn2 : c.table_scale))), top(float(c.npos - 1)) {}
+      : table(c.table), own(c.gate_k.p), gate(float(c.gate_scale) * float(kLog2e)), score(float(c.attn.scale) * float(kLog2e)), bias(float(c.table_scale)),
+        gate_grad(float(c.gate_scale) * (c.table ? float(kLn2) : float(c.table_scale))), top(float(c.npos - 1)) {}
   // Of a product: what it adds to the count, and the derivative by the logit over what gate_grad has.
   FASTPE_DEVICE float value(float product) const { return table ? sigmoid2(product * gate) : log_sigmoid2(product * gate); }
   FASTPE_DEVICE float slope(float product) const {
@@ -156,7 +156,7 @@ FASTPE_KERNEL(128, 1) cope_table_kernel(const FASTPE_GRID_CONSTANT CopeArgs g) {
   const int64_t bk = g.first + head / group, b = bk / p.Hk, h = bk % p.Hk * group + head % group;
   if (n >= g.ldz) return;
   const float* table = static_cast<const float*>(c.table);
-  const float factor = float(c.table_scale * kLog2e);
+  const float factor = float(c.table_scale) * float(kLog2e);
   FASTPE_NO_UNROLL
   for (int half = 0; half < 2; ++half) {
     constexpr int kRows = 16;

@@ -1,29 +1,18 @@
-#include "emu.h"
+#include "engine.h"
 
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
-#include <cstdarg>
-#include <cstdio>
-#include <cstring>
-#include <deque>
-#include <map>
-#include <memory>
 #include <mutex>
-#include <stdexcept>
 #include <thread>
-#include <vector>
 
 #if !defined(__x86_64__)
 #error "the emulator switches stacks by hand and knows x86-64 only"
 #endif
 
-// Saves the callee-saved registers on this stack and goes on with another one.
-extern "C" void fastpe_emu_switch(void** save, void* load);
 asm(R"(
 .text
 .globl fastpe_emu_switch
@@ -49,341 +38,9 @@ fastpe_emu_switch:
 )");
 
 namespace fastpe::emu {
-namespace {
 
-constexpr uint32_t kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32, kBarriers = 16;
-constexpr size_t kStack = 256 << 10, kPage = 4096;
-
-std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
-std::string format(const char* text, ...) {
-  char buf[1024];
-  va_list a;
-  va_start(a, text);
-  vsnprintf(buf, sizeof(buf), text, a);
-  va_end(a);
-  return buf;
-}
-
-const char* base_name(const char* path) {
-  const char* s = path ? std::strrchr(path, '/') : nullptr;
-  return s ? s + 1 : path ? path : "?";
-}
-std::string at(Site s) { return format("%s:%d", base_name(s.file), s.line); }
-bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
-
-// ---- shared-memory accesses in order -------------------------------------------------------------------------------
-
-// Vector clock: what each warp is known to have done.
-struct Clock {
-  uint32_t t[kMaxWarps] = {};
-  void join(const Clock& o, uint32_t n) {
-    for (uint32_t i = 0; i < n; ++i) t[i] = std::max(t[i], o.t[i]);
-  }
-};
-
-constexpr uint8_t kNobody = 0xFF, kManyLanes = 0xFE;
-
-struct Access {
-  Site site{nullptr, 0};
-  uint32_t clock = 0, epoch = 0;
-  uint8_t lane = kNobody;
-  uint8_t warp = 0;
-  bool in_flight = false;
-};
-
-// The last write and each warp's last read of one 4-byte cell.
-class Shadow {
- public:
-  void start(uint32_t bytes, uint32_t warps) {
-    const size_t cells = (bytes + 3) / 4;
-    if (warps != warps_ || cells > stamp_.size()) {
-      warps_ = warps;
-      stamp_.assign(cells, 0);
-      access_.assign(cells * (warps + 1), Access{});
-      now_ = 0;
-    }
-    ++now_;
-  }
-  // Access number 0 of a cell is its last write, 1 + w the last read of warp w.
-  Access* cell(uint32_t c) {
-    Access* a = access_.data() + size_t(c) * (warps_ + 1);
-    if (stamp_[c] != now_) {
-      stamp_[c] = now_;
-      for (uint32_t i = 0; i <= warps_; ++i) a[i].lane = kNobody, a[i].in_flight = false;
-    }
-    return a;
-  }
-
- private:
-  uint32_t warps_ = 0, now_ = 0;
-  std::vector<uint32_t> stamp_;
-  std::vector<Access> access_;
-};
-
-// ---- threads, warps, barriers ----------------------------------------------------------------------------------------
-
-enum class State : uint8_t { ready, collective, barrier, done };
-
-struct Copy {
-  uint32_t dst;
-  const void* src;
-  uint32_t bytes;
-  Site site;
-  bool landed;
-};
-
-struct Engine;
-
-struct Fiber {
-  Thread info;
-  void* sp = nullptr;
-  char* stack = nullptr;
-  State state = State::done;
-  Site where{nullptr, 0};
-  bool predicate = false;
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> groups;
-};
-
-struct Warp {
-  const WarpOp* op = nullptr;
-  Site site{nullptr, 0};
-  uint32_t mask = 0, arrived = 0, at_barrier = 0;
-  uint32_t barrier_id = 0;
-  uint64_t immediate = 0;
-  void* record[32];
-  Clock clock;
-  uint32_t epoch = 0;
-};
-
-struct Barrier {
-  uint32_t count = 0, arrived = 0;
-  bool all = true, any = false;
-  Reduce reduce = Reduce::none;
-  Clock clock;
-  Site first{nullptr, 0};
-  std::vector<uint16_t> waiting;
-};
-
-thread_local Fiber* t_fiber = nullptr;
-thread_local Engine* t_engine = nullptr;
-
-struct Random {
-  uint64_t s;
-  uint64_t operator()() {  // splitmix64
-    uint64_t z = (s += 0x9E3779B97F4A7C15ull);
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
-  }
-};
-
-void fiber_main();
-
-struct Engine {
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  Barrier barriers[kBarriers];
-  std::vector<uint16_t> ready;  // a ring for fifo, a list otherwise
-  size_t head = 0, ready_count = 0;
-  std::vector<uint8_t> memory;
-  uint32_t shared_bytes = 0, threads = 0;
-  Shadow shadow;
-  Options opt;
-  Random random{1};
-  Counters counters;
-  uint32_t last_warp = 0;
-  const char* kernel = "";
-  void (*fn)(const void*) = nullptr;
-  const void* args = nullptr;
-  void* scheduler_sp = nullptr;
-  bool failed = false;
-  std::string error;
-
-  Engine() { ready.resize(kMaxThreads); }
-  ~Engine() {
-    for (Fiber& f : fibers)
-      if (f.stack) munmap(f.stack, kStack + kPage);
-  }
-
-  void push(uint32_t tid) {
-    fibers[tid].state = State::ready;
-    if (opt.schedule == Schedule::fifo) ready[(head + ready_count) % kMaxThreads] = uint16_t(tid);
-    else ready[ready_count] = uint16_t(tid);
-    ++ready_count;
-  }
-  uint32_t pop() {
-    if (opt.schedule == Schedule::fifo) {
-      const uint32_t t = ready[head];
-      head = (head + 1) % kMaxThreads;
-      --ready_count;
-      return t;
-    }
-    size_t i = ready_count - 1;
-    if (opt.schedule == Schedule::random) i = random() % ready_count;
-    if (opt.schedule == Schedule::greedy) {
-      i = 0;
-      for (size_t x = 0; x < ready_count; ++x)
-        if (ready[x] / 32 == last_warp) { i = x; break; }
-    }
-    const uint32_t t = ready[i];
-    std::copy(ready.begin() + i + 1, ready.begin() + ready_count, ready.begin() + i);
-    --ready_count;
-    last_warp = t / 32;
-    return t;
-  }
-
-  // Back to the scheduler; returns when this thread is chosen again.
-  void yield(Fiber& f) { fastpe_emu_switch(&f.sp, scheduler_sp); }
-  void pause_if_not_fifo(Fiber& f) {
-    if (opt.schedule == Schedule::fifo) return;
-    push(f.info.tid);
-    yield(f);
-  }
-
-  void prepare(Fiber& f) {
-    if (!f.stack) {
-      void* m = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-      if (m == MAP_FAILED) throw std::runtime_error("fastpe.emu: no memory for thread stacks");
-      f.stack = static_cast<char*>(m);
-      mprotect(f.stack, kPage, PROT_NONE);
-    }
-    // Staggered, or the frames of all threads fall into the same cache sets.
-    char* top = f.stack + kPage + kStack - (f.info.tid % 64) * 64;
-    void** sp = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t(15));
-    *--sp = nullptr;  // what fiber_main would return to; also gives the alignment a call gives
-    *--sp = reinterpret_cast<void*>(&fiber_main);
-    for (int i = 0; i < 6; ++i) *--sp = nullptr;
-    f.sp = sp;
-  }
-
-  std::string name(const Fiber& f) const {
-    return format("%s: block (%u,%u,%u) thread %u (warp %u lane %u)", kernel, f.info.block.x, f.info.block.y, f.info.block.z, f.info.tid, f.info.warp, f.info.lane);
-  }
-
-  void deadlock() {
-    std::map<std::string, std::vector<uint32_t>> groups;
-    for (uint32_t t = 0; t < threads; ++t) {
-      const Fiber& f = fibers[t];
-      std::string what;
-      if (f.state == State::done) what = "has ended";
-      else if (f.state == State::barrier) what = "waits at the barrier at " + at(f.where);
-      else what = std::string("waits in ") + (warps[t / 32].op ? warps[t / 32].op->name : "a collective") + " at " + at(f.where);
-      groups[what].push_back(t);
-    }
-    error = format("%s: block (%u,%u,%u): deadlock:", kernel, fibers[0].info.block.x, fibers[0].info.block.y, fibers[0].info.block.z);
-    for (const auto& [what, list] : groups) {
-      error += " threads";
-      for (size_t i = 0; i < list.size();) {
-        size_t e = i;
-        while (e + 1 < list.size() && list[e + 1] == list[e] + 1) ++e;
-        error += e > i ? format(" %u-%u", list[i], list[e]) : format(" %u", list[i]);
-        i = e + 1;
-      }
-      error += " " + what + ";";
-    }
-    failed = true;
-  }
-
-  void block(Dim3 index, Dim3 grid) {
-    head = ready_count = 0;
-    last_warp = 0;
-    failed = false;
-    memory.assign(shared_bytes, 0xFF);
-    shadow.start(shared_bytes, uint32_t(warps.size()));
-    for (Warp& w : warps) {
-      w.op = nullptr;
-      w.arrived = w.at_barrier = 0;
-      w.epoch = 0;
-      w.clock = Clock{};
-    }
-    for (uint32_t i = 0; i < warps.size(); ++i) warps[i].clock.t[i] = 1;
-    for (Barrier& b : barriers) {
-      b.count = b.arrived = 0;
-      b.waiting.clear();
-    }
-    random.s = opt.seed + 1000003ull * (index.x + uint64_t(grid.x) * (index.y + uint64_t(grid.y) * index.z));
-    for (uint32_t t = 0; t < threads; ++t) {
-      Fiber& f = fibers[t];
-      f.info = {t, t % 32, t / 32, index, grid, threads};
-      f.open.clear();
-      f.groups.clear();
-      f.where = {nullptr, 0};
-      prepare(f);
-      push(t);
-    }
-    uint32_t left = threads;
-    while (left > 0 && !failed) {
-      if (ready_count == 0) {
-        deadlock();
-        break;
-      }
-      Fiber& f = fibers[pop()];
-      t_fiber = &f;
-      fastpe_emu_switch(&scheduler_sp, f.sp);
-      t_fiber = nullptr;
-      if (f.state == State::done) --left;
-    }
-    ++counters.blocks;
-    if (failed) throw std::runtime_error("fastpe.emu: " + error);
-    for (uint32_t i = 0; i < kBarriers; ++i)
-      if (barriers[i].arrived)
-        throw std::runtime_error(format("fastpe.emu: %s: block (%u,%u,%u): %u threads arrived at barrier %u, first at %s, and nobody waited for them", kernel, index.x, index.y, index.z, barriers[i].arrived, i, at(barriers[i].first).c_str()));
-  }
-
-  // ---- order of shared accesses --------------------------------------------------------------------------------------
-
-  void check_range(uint32_t addr, uint32_t bytes, Site site) {
-    if (addr % bytes) fail(format("shared address %u is not aligned to %u bytes", addr, bytes), site);
-    if (addr > shared_bytes || bytes > shared_bytes - addr) fail(format("shared address %u + %u is outside the block's %u bytes", addr, bytes, shared_bytes), site);
-  }
-
-  bool ordered(const Access& a, uint32_t warp, uint8_t lane) const {
-    if (a.lane == kNobody) return true;
-    if (a.warp != warp) return warps[warp].clock.t[a.warp] >= a.clock;
-    return a.lane == lane || a.epoch != warps[warp].epoch;
-  }
-  [[noreturn]] void race(const char* now, const char* before, const Access& a, uint32_t addr, Site site) {
-    fail(format("race on shared byte %u: this %s is not ordered after the %s of warp %u lane %s at %s", addr, now, before, a.warp, a.lane == kManyLanes ? "several" : std::to_string(a.lane).c_str(), at(a.site).c_str()), site);
-  }
-
-  void note_read(uint32_t warp, uint8_t lane, uint32_t addr, uint32_t bytes, Site site) {
-    const Warp& w = warps[warp];
-    for (uint32_t c = addr / 4; c < (addr + bytes + 3) / 4; ++c) {
-      Access* a = shadow.cell(c);
-      if (a[0].in_flight) fail(format("shared byte %u is read before the cp.async issued at %s has been waited for", c * 4, at(a[0].site).c_str()), site);
-      if (!ordered(a[0], warp, lane)) race("read", "write", a[0], c * 4, site);
-      Access& r = a[1 + warp];
-      const bool mixed = r.lane != kNobody && r.lane != lane && r.epoch == w.epoch && r.clock == w.clock.t[warp];
-      r = {site, w.clock.t[warp], w.epoch, mixed ? kManyLanes : lane, uint8_t(warp), false};
-    }
-  }
-  // landing: the second half of a cp.async, which its own issue does not conflict with.
-  void note_write(uint32_t warp, uint8_t lane, uint32_t addr, uint32_t bytes, Site site, bool in_flight, bool landing) {
-    const Warp& w = warps[warp];
-    for (uint32_t c = addr / 4; c < (addr + bytes + 3) / 4; ++c) {
-      Access* a = shadow.cell(c);
-      if (a[0].in_flight && !(landing && a[0].warp == warp && a[0].lane == lane))
-        fail(format("shared byte %u is written while the cp.async issued at %s is under way", c * 4, at(a[0].site).c_str()), site);
-      if (!ordered(a[0], warp, lane)) race("write", "write", a[0], c * 4, site);
-      for (uint32_t i = 0; i < warps.size(); ++i) {
-        if (!ordered(a[1 + i], warp, lane)) race("write", "read", a[1 + i], c * 4, site);
-        a[1 + i].lane = kNobody;
-      }
-      a[0] = {site, w.clock.t[warp], w.epoch, lane, uint8_t(warp), in_flight};
-    }
-  }
-
-  void land(Fiber& f, Copy& c, Site wait) {
-    if (c.landed) return;
-    note_write(f.info.warp, uint8_t(f.info.lane), c.dst, 16, c.site, false, true);
-    f.where = wait;
-    uint8_t buf[16] = {};
-    std::memcpy(buf, c.src, c.bytes);
-    std::memcpy(memory.data() + c.dst, buf, 16);
-    c.landed = true;
-  }
-};
+constinit thread_local Fiber* t_fiber = nullptr;
+constinit thread_local Engine* t_engine = nullptr;
 
 void fiber_main() {
   Engine* e = t_engine;
@@ -392,10 +49,13 @@ void fiber_main() {
   for (const auto& g : f.groups)
     if (!g.empty()) fail("the thread ended without waiting for its cp.async", g.front().site);
   if (!f.open.empty()) fail("the thread ended with a cp.async that was never committed", f.open.front().site);
+  e->end_of_thread_sm90(f);
   f.state = State::done;
   e->yield(f);
   __builtin_unreachable();
 }
+
+namespace {
 
 // ---- faults inside kernels ---------------------------------------------------------------------------------------------
 
@@ -509,6 +169,7 @@ void run_grid(const char* kernel, Dim3 grid, uint32_t threads, uint32_t shared_b
     e->shared_bytes = shared_bytes;
     if (e->fibers.size() < threads) e->fibers.resize(threads);
     e->warps.resize(threads / 32);
+    e->groups.resize((threads + 127) / 128);
     Engine* before = t_engine;
     t_engine = e.get();
     try {
@@ -558,6 +219,7 @@ void write_shared(uint32_t addr, const void* from, uint32_t bytes, Site site) {
   Engine& e = *t_engine;
   t_fiber->where = site;
   e.check_range(addr, bytes, site);
+  e.check_no_mbarrier(addr, bytes, site);
   e.note_write(t_fiber->info.warp, uint8_t(t_fiber->info.lane), addr, bytes, site, false, false);
   std::memcpy(e.memory.data() + addr, from, bytes);
 }
@@ -581,6 +243,7 @@ void warp_op(const WarpOp& op, uint32_t mask, uint64_t immediate, void* record, 
     fail(format("lanes of a warp disagree on the mask or on an immediate of %s (mask 0x%08x against 0x%08x)", op.name, mask, w.mask), site);
   }
   if (w.at_barrier) fail(format("diverged: %s, while lanes 0x%08x of the warp wait at a barrier", op.name, w.at_barrier), site);
+  if (w.in_group) fail(format("diverged: %s, while lanes 0x%08x of the warp are in %s", op.name, w.in_group, e.groups[f.info.warp / 4].op->name), site);
   w.record[f.info.lane] = record;
   w.arrived |= bit;
   if (w.arrived != mask) {
@@ -610,6 +273,7 @@ Barrier& join_barrier(uint32_t id, uint32_t count, Site site) {
   if (id >= kBarriers) fail(format("barrier %u does not exist", id), site);
   if (count == 0 || count % 32 || count > e.threads) fail(format("a barrier of %u threads in a block of %u", count, e.threads), site);
   if (w.arrived) fail(format("diverged: a barrier, while lanes 0x%08x of the warp are in %s at %s", w.arrived, w.op->name, at(w.site).c_str()), site);
+  if (w.in_group) fail(format("diverged: a barrier, while lanes 0x%08x of the warp are in %s", w.in_group, e.groups[f.info.warp / 4].op->name), site);
   if (w.at_barrier && (w.barrier_id != id || !same(w.site, site))) fail(format("diverged: barrier %u, while lanes 0x%08x of the warp wait at barrier %u at %s", id, w.at_barrier, w.barrier_id, at(w.site).c_str()), site);
   w.site = site;
   w.barrier_id = id;
@@ -627,7 +291,7 @@ Barrier& join_barrier(uint32_t id, uint32_t count, Site site) {
   ++b.arrived;
   // A warp releases what it did before as a whole, with its last lane.
   if (w.at_barrier == 0xFFFFFFFFu) {
-    b.clock.join(w.clock, uint32_t(e.warps.size()));
+    b.clock.join(w.clock, e.units());
     ++w.clock.t[f.info.warp];
     ++w.epoch;
     w.at_barrier = 0;
@@ -646,7 +310,7 @@ void complete(Barrier& b) {
   for (uint16_t t : waiting) {
     Fiber& o = e.fibers[t];
     o.predicate = r == Reduce::all ? all : any;
-    e.warps[o.info.warp].clock.join(b.clock, uint32_t(e.warps.size()));
+    e.warps[o.info.warp].clock.join(b.clock, e.units());
     if (t != t_fiber->info.tid) e.push(t);
   }
 }
@@ -702,7 +366,8 @@ void cp_async_16(uint32_t dst, const void* src, uint32_t src_bytes, Site site) {
   ++e.counters.cp_async;
   bool now = e.opt.copies == CopyTiming::early;
   if (e.opt.copies == CopyTiming::random) now = e.random() & 1;
-  e.note_write(f.info.warp, uint8_t(f.info.lane), dst, 16, site, true, false);
+  e.check_no_mbarrier(dst, 16, site);
+  e.note_write(f.info.warp, uint8_t(f.info.lane), dst, 16, site, true, false, By::cp_async);
   Copy c{dst, src, src_bytes, site, false};
   if (now) {
     // The data is there, but nothing entitles anyone to read it: the cells stay in flight until the wait.

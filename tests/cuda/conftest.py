@@ -130,7 +130,7 @@ class GpuConformance:
 
     def conformance(self, name, words):
         words = np.ascontiguousarray(words, np.uint32).ravel()
-        out = np.zeros(4096, np.uint32)
+        out = np.zeros(2**15, np.uint32)
         n = self.library.fastpe_conformance_run(name.encode(), words.ctypes.data_as(ctypes.c_void_p), len(words), out.ctypes.data_as(ctypes.c_void_p), len(out))
         assert n >= 0, f"{name}: error {-n}"
         return out[:n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import pathlib
 import platform
 import shutil
@@ -25,7 +26,11 @@ def build(target: str) -> pathlib.Path:
     command = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-DFASTPE_EMU=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     if ninja and not (BUILD / "CMakeCache.txt").exists():
         command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    for step in (command, [cmake, "--build", str(BUILD), "--target", target, "--parallel", "2"]):
-        done = subprocess.run(step, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    # Test processes that run side by side share the folder: one builds, the others wait and find it built.
+    BUILD.parent.mkdir(exist_ok=True)
+    with open(BUILD.parent / "emu.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for step in (command, [cmake, "--build", str(BUILD), "--target", target, "--parallel", "2"]):
+            done = subprocess.run(step, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(step)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return BUILD / "emu"

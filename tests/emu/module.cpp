@@ -10,6 +10,7 @@
 #include "cuda/launch.cuh"
 #include "emu/emu.h"
 #include "planted.h"
+#include "planted_sm90.h"
 
 namespace py = pybind11;
 using namespace fastpe;
@@ -76,15 +77,33 @@ void set_runner(py::object run) {
 
 using Words = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
 
+// Calls f(name, run, words in, words out) for every conformance kernel; run(in, out) returns 0 or an error.
+template <class Fn>
+void for_each_conformance(Fn&& f) {
+  cuda::conformance::for_each([&](const char* name, auto kernel, uint32_t threads, uint32_t shared, int64_t words_in, int64_t words_out) {
+    f(name, [=](const uint32_t* in, uint32_t* out) { return cuda::launch(kernel, name, 1, threads, shared, nullptr, cuda::conformance::Args{in, out}); }, words_in, words_out);
+  });
+  const auto sm90 = [&](const char* name, auto kernel, uint32_t threads, uint32_t shared, int64_t words_in, int64_t words_out, auto fill) {
+    f(name, [=](const uint32_t* in, uint32_t* out) {
+      cuda::conformance::Sm90Args a{};
+      a.in = in, a.out = out;
+      const int rc = fill(a);
+      return rc ? rc : cuda::launch(kernel, name, 1, threads, shared, nullptr, a);
+    }, words_in, words_out);
+  };
+  cuda::conformance::for_each_sm90(sm90);
+  sm90("product_sm90", &planted_sm90::product_kernel<0>, 256, planted_sm90::kSmemBytes, planted_sm90::kWordsIn, planted_sm90::kWordsOut, planted_sm90::fill);
+}
+
 Words conformance_run(const std::string& name, Words in) {
   Words result;
   bool found = false;
-  cuda::conformance::for_each([&](const char* n, auto kernel, uint32_t threads, uint32_t shared, int64_t words_in, int64_t words_out) {
+  for_each_conformance([&](const char* n, auto run, int64_t words_in, int64_t words_out) {
     if (name != n) return;
     found = true;
     if (in.size() != words_in) throw py::value_error(name + " takes " + std::to_string(words_in) + " words");
     Guarded<uint32_t> a(in.data(), size_t(words_in)), b{size_t(words_out)};
-    cuda::launch(kernel, n, 1, threads, shared, nullptr, cuda::conformance::Args{a.p, b.p});
+    if (const int rc = run(a.p, b.p)) throw py::value_error(name + ": error " + std::to_string(rc));
     result = Words(words_out);
     std::memcpy(result.mutable_data(), b.p, size_t(words_out) * 4);
   });
@@ -94,7 +113,7 @@ Words conformance_run(const std::string& name, Words in) {
 
 std::vector<std::string> conformance_names() {
   std::vector<std::string> names;
-  cuda::conformance::for_each([&](const char* n, auto&&...) { names.push_back(n); });
+  for_each_conformance([&](const char* n, auto&&...) { names.push_back(n); });
   return names;
 }
 
@@ -117,6 +136,26 @@ py::array_t<float> planted_run(int bug, Halves q, Halves k) {
   return r;
 }
 
+template <int kBug>
+bool run_planted_sm90(int bug, const cuda::conformance::Sm90Args& a) {
+  if (bug == kBug) cuda::launch(&planted_sm90::product_kernel<kBug>, "product", 1, 256, planted_sm90::kSmemBytes, nullptr, a);
+  if constexpr (kBug + 1 < planted_sm90::kBugs) return bug == kBug || run_planted_sm90<kBug + 1>(bug, a);
+  return bug == kBug;
+}
+
+// in: A and B; the words of C.
+Words planted_sm90_run(int bug, Words in) {
+  if (in.size() != planted_sm90::kWordsIn) throw py::value_error("takes " + std::to_string(planted_sm90::kWordsIn) + " words");
+  Guarded<uint32_t> x(in.data(), size_t(in.size())), y{size_t(planted_sm90::kWordsOut)};
+  cuda::conformance::Sm90Args a{};
+  a.in = x.p, a.out = y.p;
+  if (planted_sm90::fill(a)) throw py::value_error("no tensor map");
+  if (!run_planted_sm90<0>(bug, a)) throw py::value_error("no such bug");
+  Words r{py::ssize_t(planted_sm90::kWordsOut)};
+  std::memcpy(r.mutable_data(), y.p, size_t(planted_sm90::kWordsOut) * 4);
+  return r;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(fastpe_emu_tests, m) {
@@ -127,4 +166,5 @@ PYBIND11_MODULE(fastpe_emu_tests, m) {
   m.def("conformance", &conformance_run);
   m.def("conformance_names", &conformance_names);
   m.def("planted", &planted_run);
+  m.def("planted_sm90", &planted_sm90_run);
 }

@@ -1,5 +1,6 @@
 """Each wrapper of csrc/cuda/ptx.cuh against its definition, bit for bit where the result is exact."""
 
+import conformance_sm90
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,8 @@ def rng():
 
 def test_every_kernel_has_a_test(emu):
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
-    assert {n.replace("_bf16", "").replace("_f16", "") for n in emu.conformance_names()} <= tested
+    assert {n.replace("_bf16", "").replace("_f16", "") for n in emu.conformance_names() if n not in conformance_sm90.CHECKS} <= tested
+    assert set(conformance_sm90.CHECKS) <= set(emu.conformance_names())
 
 
 @pytest.mark.parametrize("name,dtype", [("mma_bf16", torch.bfloat16), ("mma_f16", torch.float16)])
@@ -108,3 +110,10 @@ def test_bank_conflicts_are_counted(emu, rng):
     emu.conformance("ldmatrix", bits(rng.integers(0, 2**16, (32, 8), dtype=np.uint16)))
     # Rows 5 r mod 8 of a matrix fall on 8 different bank groups.
     assert emu.counters()["extra_wavefronts"] == 0
+
+
+@pytest.mark.parametrize("schedule,copies", [("fifo", "late"), ("reverse", "early"), ("random", "random"), ("greedy", "late")])
+@pytest.mark.parametrize("name", conformance_sm90.CHECKS)
+def test_sm90(emu, rng, name, schedule, copies):
+    emu.set_options(schedule, copies, seed=3)
+    conformance_sm90.check(name, emu.conformance, rng)
