@@ -95,7 +95,7 @@ def test_lengths(Nq, Nk, on_kernels):
 @pytest.mark.parametrize("case", [
     CPU.Case("every=50", H=4, Hk=2, Nq=1, Nk=1100, rope="half"),
     CPU.Case("random=10", B=2, Hk=1, Nq=3, Nk=600, per_batch=True, padding=True),
-    Blocks(lengths=(200, 30, 300), H=1, Hk=1, Nq=20, Nk=1050, storage="bnhd"),
+    Blocks(lengths=(270, 30, 300), H=1, Hk=1, Nq=20, Nk=1050, storage="bnhd"),
 ], ids=lambda c: c.pattern if not getattr(c, "lengths", ()) else "long")  # fmt: skip
 def test_splits(case, on_kernels, emu, on_emulator):
     check(case, torch.bfloat16, on_kernels)
