@@ -3,13 +3,17 @@
 option(FASTPE_EMU "Build the CUDA kernels for the emulator (tests only; needs x86-64)" OFF)
 set(FASTPE_CUDA_ARCHITECTURES "80;90a-real" CACHE STRING "GPU architectures: 80 is machine code for 8.0 and PTX that newer GPUs translate, 90a-real machine code for Hopper")
 
-# One instance file per element type and kind of bias.
+# One instance file per element type and kind of bias; float32 has one kind for all.
 set(FASTPE_CUDA_SOURCES csrc/cuda/attn_fwd.cu csrc/cuda/attn_bwd.cu csrc/cuda/device.cu csrc/cuda/elementwise.cu csrc/cuda/merge.cu)
-foreach(type Bf16 F16)
+foreach(type Bf16 F16 F32)
   set(instance "${CMAKE_CURRENT_BINARY_DIR}/generated/attn_bwd_terms_${type}.cu")
   configure_file(csrc/cuda/attn_bwd_terms_inst.cu.in "${instance}" @ONLY)
   list(APPEND FASTPE_CUDA_SOURCES "${instance}")
-  foreach(kind none rel table form composed)
+  set(kinds none rel table form composed)
+  if(type STREQUAL "F32")
+    set(kinds composed)
+  endif()
+  foreach(kind ${kinds})
     foreach(pass fwd bwd)
       set(instance "${CMAKE_CURRENT_BINARY_DIR}/generated/attn_${pass}_${type}_${kind}.cu")
       configure_file(csrc/cuda/attn_${pass}_inst.cu.in "${instance}" @ONLY)

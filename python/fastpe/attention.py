@@ -257,9 +257,9 @@ def _check_kernels(device: str, dtype: torch.dtype, bias: Bias | None) -> None:
     """What the CUDA kernels do not have."""
     if device != "cuda":
         return
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype == torch.float64:
         raise NotImplementedError(
-            f"{_WHERE}: query on a GPU must be bfloat16 or float16, got {_check.name(dtype)}; cast query, key and value, or call on the CPU"
+            f"{_WHERE}: query on a GPU must be float32, bfloat16 or float16, got {_check.name(dtype)}; cast query, key and value, or call on the CPU"
         )
     if isinstance(bias, Contextual):
         raise NotImplementedError(f"{_WHERE}: bias {type(bias).__name__} does not go with tensors on a GPU; call on the CPU")

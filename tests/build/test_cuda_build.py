@@ -27,8 +27,14 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
 SPILLS = {
     ("attn_fwd", 96): 64, ("attn_fwd", 128): 128, ("attn_fwd", 256): 704,
     ("attn_bwd_q", 96): 96, ("attn_bwd_q", 128): 128, ("attn_bwd_q", 256): 704,
-    ("attn_bwd_kv", 96): 320, ("attn_bwd_kv", 128): 512, ("attn_bwd_kv", 256): 1024,
+    ("attn_bwd_kv", 64): 64, ("attn_bwd_kv", 96): 320, ("attn_bwd_kv", 128): 512, ("attn_bwd_kv", 256): 1024,
     ("attn_bwd_terms", 64): 256, ("attn_bwd_terms", 96): 448, ("attn_bwd_terms", 128): 448, ("attn_bwd_terms", 256): 704,
+}  # fmt: skip
+# float32 holds an operand's fragment three times and its rows' addresses.
+SPILLS_F32 = SPILLS | {
+    ("attn_bwd_q", 64): 128, ("attn_bwd_q", 96): 192, ("attn_bwd_q", 128): 320, ("attn_bwd_q", 256): 1024,
+    ("attn_bwd_kv", 64): 128, ("attn_bwd_kv", 96): 384, ("attn_bwd_kv", 128): 704, ("attn_bwd_kv", 256): 1024,
+    ("attn_bwd_terms", 64): 512, ("attn_bwd_terms", 96): 512, ("attn_bwd_terms", 128): 512, ("attn_bwd_terms", 256): 704,
 }  # fmt: skip
 
 
@@ -67,7 +73,7 @@ def test_registers_and_spills(library):
     assert sum("attn_" in name for name in last) >= 90
     for name, (spilled, registers) in last.items():
         kernel = re.search(r"(attn_(?:fwd|bwd_q|bwd_kv|bwd_terms))_kernel.*?Li(\d+)E", name)
-        allowed = SPILLS.get((kernel.group(1), int(kernel.group(2))), 0) if kernel else 0
+        allowed = (SPILLS_F32 if "3F32" in name else SPILLS).get((kernel.group(1), int(kernel.group(2))), 0) if kernel else 0
         assert spilled <= allowed, f"{name}: {spilled} bytes spilled, {allowed} allowed"
         assert registers <= 255
 

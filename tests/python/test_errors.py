@@ -251,7 +251,7 @@ def test_what_the_cuda_kernels_do_not_have():
     cope = fastpe.bias.Cope(torch.zeros(16, 8))
     _check_kernels("cpu", torch.float32, cope)
     _check_kernels("cuda", torch.bfloat16, fastpe.bias.Alibi(4))
-    with pytest.raises(NotImplementedError, match="query on a GPU must be bfloat16 or float16, got float32; cast"):
-        _check_kernels("cuda", torch.float32, None)
+    with pytest.raises(NotImplementedError, match="query on a GPU must be float32, bfloat16 or float16, got float64; cast"):
+        _check_kernels("cuda", torch.float64, None)
     with pytest.raises(NotImplementedError, match="bias Cope does not go with tensors on a GPU; call on the CPU"):
         _check_kernels("cuda", torch.float16, cope)
