@@ -42,6 +42,9 @@ struct Workspace {
 inline void check_half(const char* op, const Tensor& q) {
   check(op, q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half, "the CUDA kernels take bfloat16 and float16, got ", dtype_name(q.scalar_type()), "; cast q, k and v, or call on the CPU");
 }
+inline void check_type(const char* op, const Tensor& q) {
+  check(op, q.scalar_type() != ScalarType::Double, "the CUDA kernels take float32, bfloat16 and float16, got float64; cast q, k and v, or call on the CPU");
+}
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 
@@ -56,17 +59,18 @@ void run_decode(const char* op, const Tensor& q, const DecodeParams& d, int64_t 
 template <class Queue>
 std::tuple<Tensor, Tensor, Tensor> device_attn_fwd(Tensor q, Tensor k, Tensor v, FASTPE_ATTN_PARAMS, bool keep_residual) {
   const char* op = "attn_fwd";
-  check_half(op, q);
+  check_type(op, q);
   const AttnArgs a{q, k, v, FASTPE_ATTN_VALUES};
   AttnParams p = read_attn(op, a);
   Tensor out = empty_in_order(q, p.B, p.H, p.Nq, p.Dv);
   Tensor lse = empty(q, {p.B, p.H, p.Nq}, aux_type(p.dtype));
+  keep_residual = keep_residual && p.dtype != DType::f32;
   Tensor residual = keep_residual ? empty_in_order(q, p.B, p.H, p.Nq, p.Dv) : none(q, q.scalar_type());
   if (lse.numel() == 0) return {out, lse, residual};
   p.o = view(out, out.mutable_data_ptr());
   p.lse = lse.mutable_data_ptr();
   if (keep_residual) p.residual = view(residual, residual.mutable_data_ptr());
-  if (p.Nq <= tiles::kFewQueries && pos::decode_takes(p.bias)) {
+  if (p.dtype != DType::f32 && p.Nq <= tiles::kFewQueries && pos::decode_takes(p.bias)) {
     DecodeParams d;
     d.attn = p;
     run_decode<Queue>(op, q, d, 0, 0);
@@ -92,7 +96,7 @@ template <class Queue>
 AttnGrads device_attn_bwd(
     Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptTensor residual, FASTPE_ATTN_PARAMS,
     int64_t needs) {
-  check_half("attn_bwd", q);
+  check_type("attn_bwd", q);
   return attn_bwd_on(dout, dlse, q, k, v, out, lse, residual, FASTPE_ATTN_VALUES, needs, [&](const AttnBwdParams& b) {
     Queue queue(q);
     const Workspace w(q, cuda::attn_bwd_workspace(b));
@@ -132,12 +136,12 @@ void run_mass(const char* op, const Tensor& q, const MassParams& p) {
 }
 template <class Queue>
 Tensor device_attn_mass(Tensor q, Tensor k, Tensor lse, OptTensor weights, FASTPE_ATTN_PARAMS) {
-  check_half("attn_mass", q);
+  check_type("attn_mass", q);
   return attn_mass_on(q, k, lse, weights, FASTPE_ATTN_VALUES, [&](const MassParams& p) { run_mass<Queue>("attn_mass", q, p); });
 }
 template <class Queue>
 Tensor device_attn_rows(Tensor q, Tensor k, OptTensor lse, int64_t rows, bool logits, FASTPE_ATTN_PARAMS) {
-  check_half("attn_rows", q);
+  check_type("attn_rows", q);
   return attn_rows_on(q, k, lse, rows, logits, FASTPE_ATTN_VALUES, [&](const MassParams& p) { run_mass<Queue>("attn_rows", q, p); });
 }
 

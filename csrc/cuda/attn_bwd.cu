@@ -37,8 +37,8 @@ BwdArgs carve(const AttnBwdParams& a, Carver& c) {
   if (const int64_t n = term_sums(a)) g.term_sums = c.take<float>(n);
   g.a = a;
   const int64_t regions = pos::region_count(p.region.kind), q_all = rows * p.D, k_all = p.B * p.Hk * p.Nk * p.D;
-  g.q = p.q_rope.cos.p ? dense(c.take<uint16_t>(regions * q_all), p.H, p.Nq, p.D) : p.q;
-  g.k = p.k_rope.cos.p ? dense(c.take<uint16_t>(key_copies(p) * k_all), p.Hk, p.Nk, p.D) : p.k;
+  g.q = p.q_rope.cos.p ? dense(c.take<char>(regions * q_all * element_size(p)), p.H, p.Nq, p.D) : p.q;
+  g.k = p.k_rope.cos.p ? dense(c.take<char>(key_copies(p) * k_all * element_size(p)), p.Hk, p.Nk, p.D) : p.k;
   g.q_copy = regions > 1 ? q_all : 0;
   g.k_copy = key_copies(p) > 1 ? k_all : 0;
   if (regions > 1 && needs(a, need_q)) g.dq_sum = c.take<float>(q_all);
@@ -77,7 +77,9 @@ int run(const BwdArgs& g, void* stream) {
     if (!rc && by_key) rc = launch_attn_bwd_kv<T, kKind>(dim, g, k_blocks, stream);
     return rc;
   };
-  switch (kind_of(p)) {
+  // float32 composes every score: one instance does for all biases.
+  if constexpr (kIsF32<T>) return passes(KindTag<Kind::composed>{});
+  else switch (kind_of(p)) {
     case Kind::none: return passes(KindTag<Kind::none>{});
     case Kind::rel: return passes(KindTag<Kind::rel>{});
     case Kind::table: return passes(KindTag<Kind::table>{});
@@ -176,15 +178,8 @@ int prepare(BwdArgs& g, void* stream) {
   const AttnParams& p = g.a.fwd;
   int rc = 0;
   if (p.q_rope.cos.p) {
-    for (int x = 0; x < pos::region_count(p.region.kind); ++x) {
-      View q = g.q;
-      q.p = static_cast<uint16_t*>(q.p) + x * g.q_copy;
-      Rope rope = p.q_rope;
-      rope.cos.p = static_cast<float*>(rope.cos.p) + x * rope.sr;
-      rope.sin.p = static_cast<float*>(rope.sin.p) + x * rope.sr;
-      if ((rc = rotate_to(p, p.q, q, rope, p.H, p.Nq, stream))) return rc;
-    }
-    if ((rc = prepare_keys(p, static_cast<uint16_t*>(g.k.p), nullptr, stream))) return rc;
+    if ((rc = prepare_queries(p, g.q, g.q_copy, stream))) return rc;
+    if ((rc = prepare_keys(p, g.k.p, nullptr, stream))) return rc;
   }
   g.aligned_q = aligned(g.q);
   g.aligned_k = aligned(g.k);
@@ -219,7 +214,7 @@ int attn_mass(const MassParams& m, void* workspace, void* stream) {
     blocks *= nqb - t.first_row / kBwdBlock;
   }
   const int dim = class_of(p);
-  return p.dtype == DType::bf16 ? launch_attn_bwd_terms<Bf16>(dim, t, blocks, stream) : launch_attn_bwd_terms<F16>(dim, t, blocks, stream);
+  return with_type(p.dtype, [&](auto type) { return launch_attn_bwd_terms<decltype(type)>(dim, t, blocks, stream); });
 }
 
 int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream) {
@@ -228,8 +223,8 @@ int attn_bwd(const AttnBwdParams& a, void* workspace, void* stream) {
   BwdArgs g = carve(a, c);
   int rc = prepare(g, stream);
   if (rc) return rc;
-  if ((rc = p.dtype == DType::bf16 ? run<Bf16>(g, stream) : run<F16>(g, stream))) return rc;
-  if ((rc = p.dtype == DType::bf16 ? run_terms<Bf16>(g, stream) : run_terms<F16>(g, stream))) return rc;
+  if ((rc = with_type(p.dtype, [&](auto type) { return run<decltype(type)>(g, stream); }))) return rc;
+  if ((rc = with_type(p.dtype, [&](auto type) { return run_terms<decltype(type)>(g, stream); }))) return rc;
 
   const auto rows = [&](const float* x, const Aux& like, void* out) {
     return sum({x, nullptr, static_cast<float*>(out), p.B, p.H, p.Nq, 1, 0, like.sb == 0, like.sh == 0, like.sn == 0}, stream);

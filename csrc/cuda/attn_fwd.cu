@@ -8,15 +8,21 @@
 namespace fastpe::cuda {
 namespace {
 
-bool may_skip(const AttnParams& p) { return p.skip_eps > 0 && p.region.kind == RegionKind::none && kind_of(p) != Kind::none && kind_of(p) != Kind::composed && !(p.softcap > 0); }
+bool may_skip(const AttnParams& p) { return p.skip_eps > 0 && p.dtype != DType::f32 && p.region.kind == RegionKind::none && kind_of(p) != Kind::none && kind_of(p) != Kind::composed && !(p.softcap > 0); }
 
 Prepared carve(const AttnParams& p, Carver& c) {
   const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
   Prepared x;
+  x.q = p.q;
   x.k = p.k;
+  if (p.dtype == DType::f32 && p.q_rope.cos.p) {
+    const int64_t one = p.B * p.H * p.Nq * p.D, regions = pos::region_count(p.region.kind);
+    x.q = dense(c.take<float>(regions * one), p.H, p.Nq, p.D);
+    x.q_copy = regions > 1 ? one : 0;
+  }
   if (p.k_rope.cos.p) {
     const int64_t one = p.B * p.Hk * p.Nk * p.D;
-    x.k = dense(c.take<uint16_t>(key_copies(p) * one), p.Hk, p.Nk, p.D);
+    x.k = dense(c.take<char>(key_copies(p) * one * element_size(p)), p.Hk, p.Nk, p.D);
     x.k_copy = key_copies(p) > 1 ? one : 0;
   }
   x.spans = carve_spans(p, c);
@@ -45,7 +51,8 @@ float* carve_parts(const AttnParams& p, Carver& c) {
 int prepare(const AttnParams& p, const Prepared& x, void* stream) {
   const int64_t tiles = tiles::ceil_div(p.Nk, kBlockN);
   const bool rotate = p.k_rope.cos.p != nullptr;
-  int rc = rotate || x.k_norm ? prepare_keys(p, rotate ? static_cast<uint16_t*>(x.k.p) : nullptr, x.k_norm, stream) : 0;
+  int rc = rotate || x.k_norm ? prepare_keys(p, rotate ? x.k.p : nullptr, x.k_norm, stream) : 0;
+  if (!rc && p.dtype == DType::f32 && rotate) rc = prepare_queries(p, x.q, x.q_copy, stream);
   if (!rc) rc = prepare_spans(p, x.spans, stream);
   if (x.w_span && !rc) {
     const int64_t nb = p.bias.w.sb ? p.B : 1, nh = p.bias.w.sh ? p.H : 1, total = nb * nh * tiles;
@@ -61,7 +68,9 @@ int prepare(const AttnParams& p, const Prepared& x, void* stream) {
 
 template <class T>
 int dispatch(int head_dim, const FwdArgs& a, int64_t blocks, void* stream) {
-  switch (kind_of(a.p)) {
+  // float32 composes every score: one instance does for all biases.
+  if constexpr (kIsF32<T>) return launch_attn_fwd<T, Kind::composed>(head_dim, a, blocks, stream);
+  else switch (kind_of(a.p)) {
     case Kind::none: return launch_attn_fwd<T, Kind::none>(head_dim, a, blocks, stream);
     case Kind::rel: return launch_attn_fwd<T, Kind::rel>(head_dim, a, blocks, stream);
     case Kind::table: return launch_attn_fwd<T, Kind::table>(head_dim, a, blocks, stream);
@@ -72,8 +81,22 @@ int dispatch(int head_dim, const FwdArgs& a, int64_t blocks, void* stream) {
 
 }  // namespace
 
-int prepare_keys(const AttnParams& p, uint16_t* rotated, float* k_norm, void* stream) {
-  const KeysArgs a{p, rotated, k_norm};
+// Queries turned for every region.
+int prepare_queries(const AttnParams& p, const View& q, int64_t copy, void* stream) {
+  for (int x = 0; x < pos::region_count(p.region.kind); ++x) {
+    View to = q;
+    to.p = static_cast<char*>(q.p) + x * copy * element_size(p);
+    Rope rope = p.q_rope;
+    rope.cos.p = static_cast<float*>(rope.cos.p) + x * rope.sr;
+    rope.sin.p = static_cast<float*>(rope.sin.p) + x * rope.sr;
+    if (const int rc = rotate_to(p, p.q, to, rope, p.H, p.Nq, stream)) return rc;
+  }
+  return 0;
+}
+
+int prepare_keys(const AttnParams& p, void* rotated, float* k_norm, void* stream) {
+  const KeysArgs a{p, rotated, k_norm, key_copies(p)};
+  if (p.dtype == DType::f32) return launch(&keys_f32_kernel, "keys_f32", tiles::ceil_div(key_copies(p) * p.B * p.Hk * p.Nk * (p.D / 2), 128), 128, 0, stream, a);
   const int64_t blocks = (rotated ? key_copies(p) : 1) * p.B * p.Hk * tiles::ceil_div(p.Nk, kBlockN);
   if (p.dtype == DType::bf16) return launch(&keys_kernel<Bf16>, "keys", blocks, 128, 16, stream, a);
   return launch(&keys_kernel<F16>, "keys", blocks, 128, 16, stream, a);
@@ -120,11 +143,11 @@ int attn_fwd(const AttnParams& p, void* workspace, void* stream, uint32_t* stats
   a.part_o = carve_parts(p, c);
   a.part_ml = a.part_o ? a.part_o + a.splits * p.B * p.H * p.Nq * p.Dv : nullptr;
   if (const int rc = prepare(p, a.pre, stream)) return rc;
-  const bool bf16 = p.dtype == DType::bf16;
-  if (const int rc = bf16 ? dispatch<Bf16>(class_of(p), a, blocks, stream) : dispatch<F16>(class_of(p), a, blocks, stream)) return rc;
-  if (a.splits == 1) return 0;
-  const int64_t joins = tiles::ceil_div(p.B * p.H * p.Nq, 4);
-  return bf16 ? launch(&attn_join_kernel<Bf16>, "attn_join", joins, 128, 0, stream, a) : launch(&attn_join_kernel<F16>, "attn_join", joins, 128, 0, stream, a);
+  return with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int rc = dispatch<T>(class_of(p), a, blocks, stream);
+    return rc || a.splits == 1 ? rc : launch(&attn_join_kernel<T>, "attn_join", tiles::ceil_div(p.B * p.H * p.Nq, 4), 128, 0, stream, a);
+  });
 }
 
 }  // namespace fastpe::cuda

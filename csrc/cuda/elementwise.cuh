@@ -9,12 +9,7 @@
 
 namespace fastpe::cuda {
 
-// Element types of rotate: storage and its float value.
-struct F32 {
-  using Storage = float;
-  static FASTPE_DEVICE float load(const float* p) { return *p; }
-  static FASTPE_DEVICE void store(float* p, float x) { *p = x; }
-};
+// Element types of rotate beside F32: storage and its float value.
 template <class T>
 struct Half {
   using Storage = uint16_t;

@@ -6,6 +6,7 @@
 
 #include "launch.h"
 #include "plan.h"
+#include "tile.cuh"
 
 namespace fastpe::cuda {
 
@@ -29,8 +30,10 @@ inline bool aligned(const View& v) {
 
 inline int class_of(const AttnParams& p) { return head_dim_class(p.D > p.Dv ? p.D : p.Dv); }
 
+inline int64_t element_size(const AttnParams& p) { return p.dtype == DType::f32 ? 4 : 2; }
+
 // (B,H,N,D) dense, channels contiguous.
-inline View dense(uint16_t* p, int64_t H, int64_t N, int64_t D) { return {p, H * N * D, N * D, D}; }
+inline View dense(void* p, int64_t H, int64_t N, int64_t D) { return {p, H * N * D, N * D, D}; }
 
 // (rows, n) int32 with `planes` rows a batch entry.
 inline int32_t* carve_span(Carver& c, const int32_t* x, int64_t x_sb, int64_t B, int64_t planes, int64_t n, int64_t& sb) {
@@ -60,8 +63,15 @@ inline int rotate_to(const AttnParams& p, const View& x, const View& y, const Ro
   return rotate(r, stream);
 }
 
+// Calls f(T) for the type of a call.
+template <class Fn>
+int with_type(DType t, Fn&& f) {
+  return t == DType::f32 ? f(F32{}) : t == DType::bf16 ? f(Bf16{}) : f(F16{});
+}
+
 // attn_fwd.cu. Rotated keys, every copy of them, and norms by tile (may be null).
-int prepare_keys(const AttnParams& p, uint16_t* rotated, float* k_norm, void* stream);
+int prepare_keys(const AttnParams& p, void* rotated, float* k_norm, void* stream);
+int prepare_queries(const AttnParams& p, const View& q, int64_t copy, void* stream);
 int prepare_spans(const AttnParams& p, const Spans& s, void* stream);
 
 }  // namespace fastpe::cuda

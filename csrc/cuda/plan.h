@@ -110,6 +110,8 @@ inline int64_t fwd_splits(const AttnParams& p) {
 
 // What the kernels in front of the forward and backward pass leave in the workspace; null: not made.
 struct Prepared {
+  View q;                     // float32: queries, rotated as the keys are; else the call's own, which the kernel turns
+  int64_t q_copy = 0;
   View k;                     // keys: rotated, dense (B,Hk,Nk,D); or the call's own
   int64_t k_copy = 0;         // from one region's keys to the next; 0: one copy for all
   Spans spans;

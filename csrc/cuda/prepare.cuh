@@ -9,8 +9,9 @@ namespace fastpe::cuda {
 
 struct KeysArgs {
   AttnParams p;
-  uint16_t* rotated;  // (copies,B,Hk,Nk,D) dense; may be null: keys are not rotated
+  void* rotated;      // (copies,B,Hk,Nk,D) dense; may be null: keys are not rotated
   float* k_norm;      // (B*Hk, tiles); may be null
+  int64_t copies = 1; // float32
 };
 
 // One block per (copy, batch, kv head, tile of keys). The lanes of a warp share rows: as many per row as hold its chunks.
@@ -31,12 +32,12 @@ FASTPE_KERNEL(128, 1) keys_kernel(const FASTPE_GRID_CONSTANT KeysArgs a) {
     const int64_t j = tile * kBlockN + r0 + lane / per_row;
     float norm = 0;
     if (j < p.Nk && chunk < chunks) {
-      const uint16_t* row = row_at(p.k, b, hk, j);
+      const uint16_t* row = row_at<T>(p.k, b, hk, j);
       Quad q;
       if (a.rotated) {
         const Rope rope = key_rope(p, copy, j);
         q = load_chunk_rotated<T>(row, chunk, aux_at<float>(rope.cos, b, hk, j), aux_at<float>(rope.sin, b, hk, j), uint32_t(p.rope_pairs), p.rope_layout);
-        *reinterpret_cast<Quad*>(a.rotated + (row0 * p.Nk + j) * p.D + chunk * 8) = q;
+        *reinterpret_cast<Quad*>(static_cast<uint16_t*>(a.rotated) + (row0 * p.Nk + j) * p.D + chunk * 8) = q;
       } else {
         q = load_chunk(row + chunk * 8);
       }
@@ -59,6 +60,26 @@ FASTPE_KERNEL(128, 1) keys_kernel(const FASTPE_GRID_CONSTANT KeysArgs a) {
     for (uint32_t w = 1; w < 4; ++w) biggest = max(biggest, ld_shared_f32(base + 4 * w));
     a.k_norm[block_index()] = sqrtf(biggest) * 1.0001f;
   }
+}
+
+// float32 keys in every copy, one thread per two channels.
+FASTPE_KERNEL(128, 1) keys_f32_kernel(const FASTPE_GRID_CONSTANT KeysArgs a) {
+  const AttnParams& p = a.p;
+  const int64_t slots = p.D / 2, one = p.B * p.Hk * p.Nk * slots, at = int64_t(block_index()) * 128 + thread_index(), all = at % one;
+  const int copy = int(at / one);
+  if (copy >= a.copies) return;
+  const int64_t slot = all % slots, j = all / slots % p.Nk, bk = all / slots / p.Nk, b = bk / p.Hk, hk = bk % p.Hk;
+  const float* x = row_at<F32>(p.k, b, hk, j);
+  float* y = static_cast<float*>(a.rotated) + ((copy * p.B * p.Hk + bk) * p.Nk + j) * p.D;
+  const bool turned = slot < p.rope_pairs, half = turned && p.rope_layout == RopeLayout::half;
+  const int64_t first = half ? slot : 2 * slot, second = half ? slot + p.rope_pairs : 2 * slot + 1;
+  float u = x[first], v = x[second];
+  if (turned) {
+    const Rope rope = key_rope(p, copy, j);
+    pos::rotate_pair(u, v, aux_at<float>(rope.cos, b, hk, j)[slot], aux_at<float>(rope.sin, b, hk, j)[slot]);
+  }
+  y[first] = u;
+  y[second] = v;
 }
 
 struct SpanArgs {

@@ -6,12 +6,12 @@
 // o - m + 15. A tile reads 80 rows of the table a warp, however long the table is, and a single one where all places have
 // the same entry, as everywhere beyond the reach of a clipped table.
 //
-// Vectors and tables are float32. A number is the sum of two bf16 numbers, x = hi + lo, exact to 2^-17, and a product
-// hi hi + hi lo + lo hi: bf16 alone would round the tables, whose gradients cancel. Fragments are read from global memory,
-// where the warps of a block share the lines, so all the shared memory this takes is the tile that the terms go to.
+// Vectors and tables are float32, split as operand.cuh says: bf16 alone would round the tables, whose gradients cancel. All
+// the shared memory this takes is the tile that the terms go to.
 #pragma once
 
 #include "compose.cuh"
+#include "operand.cuh"
 
 namespace fastpe::cuda {
 
@@ -24,28 +24,9 @@ FASTPE_DEVICE uint32_t term_at(uint32_t tile, int query, int key) {
 
 constexpr int kPlaces = 80;  // of a strip: 79 offsets and one unused
 
-struct Split {
-  uint32_t hi, lo;  // of two numbers
-};
-FASTPE_DEVICE Split split(float x, float y) {
-  const uint32_t hi = Bf16::pack(x, y);
-  return {hi, Bf16::pack(x - wide_low<Bf16>(hi), y - wide_high<Bf16>(hi))};
-}
-struct SplitRows {
-  uint32_t hi[4], lo[4];  // an A operand
-  FASTPE_DEVICE void set(int i, Split s) { hi[i] = s.hi, lo[i] = s.lo; }
-};
-FASTPE_DEVICE void mma_split(float (&c)[4], const SplitRows& a, Split b0, Split b1) {
-  mma<Bf16>(c, a.lo, b0.hi, b1.hi);
-  mma<Bf16>(c, a.hi, b0.lo, b1.lo);
-  mma<Bf16>(c, a.hi, b0.hi, b1.hi);
-}
-// Number c of a vector of d; null: a vector of zeros.
-FASTPE_DEVICE float channel(const float* x, int c, int d) { return x && c < d ? x[c] : 0.f; }
-
 // The terms of a tile, by the whole block. What was read of the tile before lies behind a barrier; another one comes
 // before it is read. kGroup: 8-place columns whose accumulators are held at a time.
-template <int kGroup>
+template <class T, int kGroup>
 FASTPE_DEVICE void make_terms(const AttnParams& p, int64_t b, int64_t h, int64_t i0, int64_t j0, int rows, int keys, uint32_t tile) {
   static_assert(kPlaces / 8 % kGroup == 0);
   const Bias& s = p.bias;
@@ -90,17 +71,17 @@ FASTPE_DEVICE void make_terms(const AttnParams& p, int64_t b, int64_t h, int64_t
       FASTPE_NO_UNROLL
       for (int k0 = 0; k0 < d; k0 += 16) {
         const int c0 = k0 + int(frag_col(0));
-        SplitRows a;
+        SplitRows<kParts<T>> a;
         FASTPE_UNROLL
         for (int z = 0; z < 4; ++z) {
           const int c = c0 + 8 * (z >> 1);
-          a.set(z, split(channel(mine[z & 1], c, d), channel(mine[z & 1], c + 1, d)));
+          a.set(z, split<kParts<T>>(channel(mine[z & 1], c, d), channel(mine[z & 1], c + 1, d)));
         }
         FASTPE_UNROLL
         for (int n = 0; n < kGroup; ++n) {
           if (one && n > 0) continue;
-          const Split b0 = split(channel(rows_of[n], c0, d), channel(rows_of[n], c0 + 1, d));
-          const Split b1 = split(channel(rows_of[n], c0 + 8, d), channel(rows_of[n], c0 + 9, d));
+          const auto b0 = split<kParts<T>>(channel(rows_of[n], c0, d), channel(rows_of[n], c0 + 1, d));
+          const auto b1 = split<kParts<T>>(channel(rows_of[n], c0 + 8, d), channel(rows_of[n], c0 + 9, d));
           mma_split(acc[n], a, b0, b1);
         }
       }
@@ -123,9 +104,16 @@ FASTPE_DEVICE void make_terms(const AttnParams& p, int64_t b, int64_t h, int64_t
   }
 }
 
+// The same out of line: where two passes' accumulators are held meanwhile, its registers would spill them in calls that have
+// no products too.
+template <class T, int kGroup>
+FASTPE_NOINLINE void make_terms_apart(const AttnParams& p, int64_t b, int64_t h, int64_t i0, int64_t j0, int rows, int keys, uint32_t tile) {
+  make_terms<T, kGroup>(p, b, h, i0, j0, rows, keys, tile);
+}
+
 // out[m][c] += sum over k of a(m, k) * row(k)[c] for the first `valid` of 16 rows m and d channels c, by one warp. k < count, a
 // multiple of 16; row(k) is null where it is zero. A lane always has the same entries of `out`.
-template <class A, class Row>
+template <class T, class A, class Row>
 FASTPE_DEVICE void add_products(float* out, int valid, int d, int count, A&& a, Row&& row) {
   constexpr int kColumns = 4;
   const int g = int(lane_index() >> 2), t = int(frag_col(0));
@@ -139,18 +127,18 @@ FASTPE_DEVICE void add_products(float* out, int valid, int d, int count, A&& a, 
     FASTPE_NO_UNROLL
     for (int k1 = 0; k1 < count; k1 += 16) {
       const int k0 = k1 + t;
-      SplitRows x;
+      SplitRows<kParts<T>> x;
       const float* r[4];
       FASTPE_UNROLL
       for (int z = 0; z < 4; ++z) {
         const int m = g + 8 * (z & 1), k = k0 + 8 * (z >> 1);
-        x.set(z, split(a(m, k), a(m, k + 1)));
+        x.set(z, split<kParts<T>>(a(m, k), a(m, k + 1)));
         r[z] = row(k0 + 8 * (z >> 1) + (z & 1));
       }
       FASTPE_UNROLL
       for (int n = 0; n < kColumns; ++n) {
         const int c = c0 + 8 * n + g;
-        mma_split(acc[n], x, split(channel(r[0], c, d), channel(r[1], c, d)), split(channel(r[2], c, d), channel(r[3], c, d)));
+        mma_split(acc[n], x, split<kParts<T>>(channel(r[0], c, d), channel(r[1], c, d)), split<kParts<T>>(channel(r[2], c, d), channel(r[3], c, d)));
       }
     }
     FASTPE_UNROLL

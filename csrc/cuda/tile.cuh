@@ -25,8 +25,30 @@ template <class X>
 FASTPE_DEVICE const X* aux_at(const Aux& a, int64_t b, int64_t h, int64_t n = 0) {
   return static_cast<const X*>(a.p) + b * a.sb + h * a.sh + n * a.sn;
 }
-FASTPE_DEVICE const uint16_t* row_at(const View& v, int64_t b, int64_t h, int64_t n) {
-  return static_cast<const uint16_t*>(v.p) + b * v.sb + h * v.sh + n * v.sn;
+// float32 as an element type: what the 16-bit types have, without rounding.
+struct F32 {
+  using Storage = float;
+  static FASTPE_DEVICE float load(const float* p) { return *p; }
+  static FASTPE_DEVICE void store(float* p, float x) { *p = x; }
+  static FASTPE_DEVICE float wide(float x) { return x; }
+  static FASTPE_DEVICE float narrow(float x) { return x; }
+};
+template <class T>
+constexpr bool kIsF32 = __is_same(T, F32);
+template <bool kWide>
+struct StorageOf {
+  using type = uint16_t;
+};
+template <>
+struct StorageOf<true> {
+  using type = float;
+};
+template <class T>
+using Stored = typename StorageOf<kIsF32<T>>::type;
+
+template <class T = Bf16>
+FASTPE_DEVICE const Stored<T>* row_at(const View& v, int64_t b, int64_t h, int64_t n) {
+  return static_cast<const Stored<T>*>(v.p) + b * v.sb + h * v.sh + n * v.sn;
 }
 
 FASTPE_DEVICE Quad load_chunk(const uint16_t* p) {

@@ -98,7 +98,7 @@ def attention(
     _check_kinds(rope, bias, mask, region, is_causal, return_lse, softcap_includes_bias)
     query, key, value = _autocast(query, key, value)
     B, H, Nq, D, Nk = _check_qkv(query, key, value)
-    _check_kernels(query.device.type, query.dtype)
+    _check_kernels(query.device.type, query.dtype, halves_for=f"bias {type(bias).__name__}" if isinstance(bias, Contextual) else None)
     ready = _ready(
         query, key, D, rope=rope, bias=bias, mask=mask, region=region, positions=positions, key_positions=key_positions, scale=scale,
         row_scale=row_scale, softcap=softcap, softcap_includes_bias=softcap_includes_bias, is_causal=is_causal,
@@ -253,14 +253,13 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor, where: str = _WHERE) ->
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
 
 
-def _check_kernels(device: str, dtype: torch.dtype, where: str = _WHERE) -> None:
-    """What the CUDA kernels do not have."""
-    if device != "cuda":
+def _check_kernels(device: str, dtype: torch.dtype, where: str = _WHERE, halves_for: str | None = None) -> None:
+    """What the CUDA kernels do not have. halves_for: what they take 16-bit numbers alone for."""
+    if device != "cuda" or dtype in (torch.bfloat16, torch.float16) or (dtype == torch.float32 and halves_for is None):
         return
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise NotImplementedError(
-            f"{where}: query on a GPU must be bfloat16 or float16, got {_check.name(dtype)}; cast query, key and value, or call on the CPU"
-        )
+    wanted = "float32, bfloat16 or float16" if halves_for is None else "bfloat16 or float16"
+    what = "" if halves_for is None else f" with {halves_for}"
+    raise NotImplementedError(f"{where}: query on a GPU{what} must be {wanted}, got {_check.name(dtype)}; cast query, key and value, or call on the CPU")
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, where: str = _WHERE) -> tuple[int, int, int, int, int]:

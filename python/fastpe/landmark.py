@@ -82,7 +82,7 @@ def landmark_attention(
             raise TypeError(f"{_WHERE}: {what} must be {how}, got {type(x).__name__}")
     query, key, value = _autocast(query, key, value, _WHERE)
     B, H, Nq, D, Nk = _check_qkv(query, key, value, _WHERE)
-    _check_kernels(query.device.type, query.dtype, _WHERE)
+    _check_kernels(query.device.type, query.dtype, _WHERE, "landmarks")
     scale = D**-0.5 if scale is None else _check.number(_WHERE, "scale", scale)
     call = Call(B, H, Nq, Nk, True, aux_dtype(query.dtype), query.device)
     is_landmark = _per_key(_WHERE, "is_landmark", is_landmark, call)
@@ -150,7 +150,7 @@ def landmark_retrieval(
     where = "fastpe.landmark_retrieval"
     query, key, value = _autocast(query, key, value, where)
     B, H, Nq, D, Nk = _check_qkv(query, key, value, where)
-    _check_kernels(query.device.type, query.dtype, where)
+    _check_kernels(query.device.type, query.dtype, where, "landmarks")
     if Nk != Nq:
         raise ValueError(f"{where}: key has {Nk} tokens, query has {Nq}; they are the same new tokens")
     block, top_k = _check.count(where, "block", block, 2), _check.count(where, "top_k", top_k, 1)

@@ -27,7 +27,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine")
 SPILLS = {
     ("attn_fwd", 96): 64, ("attn_fwd", 128): 128, ("attn_fwd", 256): 704,
     ("attn_bwd_q", 96): 96, ("attn_bwd_q", 128): 128, ("attn_bwd_q", 256): 704,
-    ("attn_bwd_kv", 96): 320, ("attn_bwd_kv", 128): 512, ("attn_bwd_kv", 256): 1024,
+    ("attn_bwd_kv", 64): 64, ("attn_bwd_kv", 96): 320, ("attn_bwd_kv", 128): 512, ("attn_bwd_kv", 256): 1024,
     ("attn_decode", 256): 448,
     ("attn_bwd_terms", 64): 256, ("attn_bwd_terms", 96): 448, ("attn_bwd_terms", 128): 448, ("attn_bwd_terms", 256): 704,
     ("cope_fwd", 96): 32, ("cope_fwd", 128): 32, ("cope_fwd", 256): 512,
@@ -35,6 +35,12 @@ SPILLS = {
     ("cope_bwd_kv", 64): 96, ("cope_bwd_kv", 96): 128, ("cope_bwd_kv", 128): 128, ("cope_bwd_kv", 256): 832,
     ("landmark_fwd", 256): 256, ("landmark_bwd_q", 96): 64, ("landmark_bwd_q", 256): 192,
     ("landmark_bwd_kv", 128): 384, ("landmark_bwd_kv", 256): 704,
+}  # fmt: skip
+# float32 holds an operand's fragment three times and its rows' addresses.
+SPILLS_F32 = SPILLS | {
+    ("attn_bwd_q", 64): 128, ("attn_bwd_q", 96): 192, ("attn_bwd_q", 128): 320, ("attn_bwd_q", 256): 1024,
+    ("attn_bwd_kv", 64): 128, ("attn_bwd_kv", 96): 384, ("attn_bwd_kv", 128): 704, ("attn_bwd_kv", 256): 1024,
+    ("attn_bwd_terms", 64): 512, ("attn_bwd_terms", 96): 512, ("attn_bwd_terms", 128): 512, ("attn_bwd_terms", 256): 704,
 }  # fmt: skip
 
 
@@ -74,7 +80,7 @@ def test_registers_and_spills(library):
     assert sum("landmark_" in name for name in last) >= 26
     for name, (spilled, registers) in last.items():
         kernel = re.search(r"((?:attn|cope|landmark)_(?:fwd|bwd_q|bwd_kv|bwd_terms|decode))_kernel.*?Li(\d+)E", name)
-        allowed = SPILLS.get((kernel.group(1), int(kernel.group(2))), 0) if kernel else 0
+        allowed = (SPILLS_F32 if "3F32" in name else SPILLS).get((kernel.group(1), int(kernel.group(2))), 0) if kernel else 0
         assert spilled <= allowed, f"{name}: {spilled} bytes spilled, {allowed} allowed"
         assert registers <= 255
 

@@ -143,9 +143,9 @@ def test_offsets_past_two_to_the_31():
     torch.testing.assert_close(out[:, -1:, -64:], want[:, :, -64:])
 
 
-def test_float32_is_refused_by_name():
-    q = torch.randn(1, 1, 8, 16, device="cuda")
-    with pytest.raises(NotImplementedError, match="must be bfloat16 or float16, got float32"):
+def test_float64_is_refused_by_name():
+    q = torch.randn(1, 1, 8, 16, device="cuda", dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="must be float32, bfloat16 or float16, got float64"):
         fastpe.attention(q, q, q)
     with pytest.raises(NotImplementedError, match="fastpe.landmark_attention: query on a GPU must be bfloat16 or float16"):
         fastpe.landmark_attention(q, q, q, torch.zeros(8, dtype=torch.bool, device="cuda"))

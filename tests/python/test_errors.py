@@ -248,7 +248,10 @@ def test_what_the_cuda_kernels_do_not_have():
     """Without a GPU: the check alone."""
     from fastpe.attention import _check_kernels
 
-    _check_kernels("cpu", torch.float32)
-    _check_kernels("cuda", torch.bfloat16)
-    with pytest.raises(NotImplementedError, match="query on a GPU must be bfloat16 or float16, got float32; cast"):
-        _check_kernels("cuda", torch.float32)
+    _check_kernels("cpu", torch.float64)
+    _check_kernels("cuda", torch.float32)
+    _check_kernels("cuda", torch.bfloat16, halves_for="landmarks")
+    with pytest.raises(NotImplementedError, match="query on a GPU must be float32, bfloat16 or float16, got float64; cast"):
+        _check_kernels("cuda", torch.float64)
+    with pytest.raises(NotImplementedError, match="query on a GPU with landmarks must be bfloat16 or float16, got float32; cast"):
+        _check_kernels("cuda", torch.float32, halves_for="landmarks")

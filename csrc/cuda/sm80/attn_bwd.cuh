@@ -61,7 +61,7 @@ FASTPE_KERNEL(128, 1) delta_kernel(const FASTPE_GRID_CONSTANT BwdArgs g) {
   const int64_t row = int64_t(block_index()) * 4 + warp_index();
   if (row >= p.B * p.H * p.Nq) return;
   const int64_t i = row % p.Nq, h = row / p.Nq % p.H, b = row / p.Nq / p.H;
-  const uint16_t *x = row_at(g.a.d_o, b, h, i), *y = row_at(p.o, b, h, i), *z = p.residual.p ? row_at(p.residual, b, h, i) : nullptr;
+  const Stored<T> *x = row_at<T>(g.a.d_o, b, h, i), *y = row_at<T>(p.o, b, h, i), *z = p.residual.p ? row_at<T>(p.residual, b, h, i) : nullptr;
   float sum = 0;
   for (int64_t d = lane_index(); d < p.Dv; d += 32) sum += T::wide(x[d]) * (T::wide(y[d]) + (z ? T::wide(z[d]) : 0.f));
   FASTPE_UNROLL
@@ -110,7 +110,7 @@ FASTPE_DEVICE void store_unrotated(float (&acc)[kD / 8][4], float factor, uint32
       s[one] = x, s[two] = y;
     }
     if (!last) continue;
-    uint16_t* to = static_cast<uint16_t*>(out.p) + b * out.sb + h * out.sh + (n0 + row) * out.sn;
+    Stored<T>* to = static_cast<Stored<T>*>(out.p) + b * out.sb + h * out.sh + (n0 + row) * out.sn;
     to[one] = T::narrow(x);
     to[two] = T::narrow(y);
   }
@@ -132,42 +132,6 @@ FASTPE_DEVICE PhiGrad bias_gradient(const AttnParams& p, int64_t b, int64_t h, i
   return phi_grad(p.bias.form, d, p0, p1);
 }
 
-// C fragments of A B^T over kD channels: rows of A from warp * 16, 64 rows of B.
-template <class T, int kD>
-FASTPE_DEVICE void product_nt(float (&c)[kBwdBlock / 8][4], uint32_t a, uint32_t b) {
-  FASTPE_UNROLL
-  for (int n = 0; n < kBwdBlock / 8; ++n)
-    FASTPE_UNROLL
-    for (int e = 0; e < 4; ++e) c[n][e] = 0;
-  FASTPE_UNROLL
-  for (int k = 0; k < kD / 16; ++k) {
-    uint32_t fa[4], fb[4];
-    ldmatrix_x4(fa, fragment_at<kD>(a, warp_index() * 16, 2 * k));
-    FASTPE_UNROLL
-    for (int n = 0; n < kBwdBlock / 16; ++n) {
-      ldmatrix_x4(fb, fragment_at<kD>(b, 16 * n, 2 * k));
-      mma<T>(c[2 * n], fa, fb[0], fb[2]);
-      mma<T>(c[2 * n + 1], fa, fb[1], fb[3]);
-    }
-  }
-}
-// acc += C B, C as the C fragments of an earlier product, B 64 rows of kD channels.
-template <class T, int kD>
-FASTPE_DEVICE void product_nn(float (&acc)[kD / 8][4], const float (&c)[kBwdBlock / 8][4], uint32_t b) {
-  FASTPE_UNROLL
-  for (int k = 0; k < kBwdBlock / 16; ++k) {
-    uint32_t fa[4], fb[4];
-    FASTPE_UNROLL
-    for (int r = 0; r < 4; ++r) fa[r] = T::pack(c[2 * k + (r >> 1)][2 * (r & 1)], c[2 * k + (r >> 1)][2 * (r & 1) + 1]);
-    FASTPE_UNROLL
-    for (int d = 0; d < kD / 16; ++d) {
-      ldmatrix_x4_trans(fb, fragment_at<kD>(b, 16 * k, 2 * d));
-      mma<T>(acc[2 * d], fa, fb[0], fb[1]);
-      mma<T>(acc[2 * d + 1], fa, fb[2], fb[3]);
-    }
-  }
-}
-
 template <class T, int kD, Kind kKind>
 FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdArgs g) {
   using Shape = BwdTile<kD>;
@@ -181,6 +145,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
   const int64_t I1 = I0 + rows;
   const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
   const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sO = smem + Shape::kDo, sK = smem + Shape::kK, sV = smem + Shape::kV, sT = smem + Shape::kTable;
+  Operand<T, kD> q_rows{sQ}, o_rows{sO}, k_rows{sK}, v_rows{sV};
   const auto local_row = [&](int x) { return int(warp_index() * 16 + frag_row(uint32_t(x))); };
   const auto row_of = [&](int x) { return i0 + local_row(x); };
 
@@ -205,8 +170,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
   FASTPE_NO_UNROLL
   for (int region = 0; region < regions; ++region) {
   // Shared memory is free: of the region before, or never used.
-  load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
-  load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
+  q_rows.template load<kBwdThreads>(row_at<T>(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
+  o_rows.template load<kBwdThreads>(row_at<T>(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
   cp_async_commit();
   float dq[kD / 8][4];
   FASTPE_UNROLL
@@ -223,8 +188,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
     const int keys = int(j1 - j0);
     // Everyone has finished with the tiles of the round before.
     sync_block();
-    load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
-    load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
+    k_rows.template load<kBwdThreads>(row_at<T>(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
+    v_rows.template load<kBwdThreads>(row_at<T>(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
     cp_async_commit();
     if constexpr (kKind == Kind::table) {
       const float* table = aux_at<float>(p.bias.table, 0, h);
@@ -232,7 +197,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
       if (x < 2 * kBwdBlock - 1) st_shared_f32(sT + 4 * x, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + x, p.bias.table_len)] * float(kLog2e));
     }
     if constexpr (kKind == Kind::composed)
-      if (has_products(p)) make_terms<(kD > 64 ? 2 : 5)>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
+      if (has_products(p)) make_terms<T, (kD > 64 ? 2 : 5)>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
     cp_async_wait<0>();
     sync_block();
     const bool data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
@@ -243,8 +208,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
       for (int x = 0; x < 2; ++x) seen[x] = keys_seen(p, band, region, shared, data, b, h, row_of(x), j0);
     }
     float s[kNt][4], dp[kNt][4];
-    product_nt<T, kD>(s, sQ, sK);
-    product_nt<T, kD>(dp, sO, sV);
+    product_nt(s, q_rows, k_rows);
+    product_nt(dp, o_rows, v_rows);
 
     rb.tile(j0, j1, I0, I1, band.right == 1);
     // From the product and dP of row x and a column of the tile to dS times what the product is multiplied by.
@@ -300,7 +265,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_q_kernel(const FASTPE_GRID_CONSTANT BwdAr
           for (int x = 0; x < 2; ++x) s[n][2 * x + e] = element(x, col, y, s[n][2 * x + e], dp[n][2 * x + e]);
         }
     }
-    product_nn<T, kD>(dq, s, sK);
+    product_nn(dq, s, k_rows);
   }
   cp_async_wait<0>();
   if (g.a.dq.p) {
@@ -359,6 +324,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
   const int keys = int(j1 - j0);
   const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
   const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sO = smem + Shape::kDo, sK = smem + Shape::kK, sV = smem + Shape::kV, sT = smem + Shape::kTable;
+  Operand<T, kD> q_rows{sQ}, o_rows{sO}, k_rows{sK}, v_rows{sV};
   // By query of the tile: scale with log2 e, row scale, lse, delta, position relative to the anchor, weight, weight * log2 e.
   const auto row_data = [&](int kind, int query) { return smem + Shape::kRow + uint32_t(kind * kBwdBlock + query) * 4; };
   const auto local_key = [&](int x) { return int(warp_index() * 16 + frag_row(uint32_t(x))); };
@@ -371,12 +337,12 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
     FASTPE_UNROLL
     for (int d = 0; d < kDvTiles; ++d) dv[d][e] = 0;
   }
-  load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
+  v_rows.template load<kBwdThreads>(row_at<T>(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
 
   const int regions = pos::region_count(p.region.kind);
   FASTPE_NO_UNROLL
   for (int region = 0; region < regions; ++region) {
-  load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
+  k_rows.template load<kBwdThreads>(row_at<T>(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
   cp_async_commit();
   FASTPE_UNROLL
   for (int e = 0; e < 4; ++e) {
@@ -396,8 +362,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
       const pos::Range see = pos::keys_in_tile(band, I0, I1, j0, j1);
       if (see.lo >= see.hi || !tile_has_region(p, region, I0, I1, j0, j1) || !tile_may_see(p, g.spans, b, h, qb, i0, i0 + rows, j0 / kBlockN, j0, j1)) continue;
       sync_block();
-      load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
-      load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
+      q_rows.template load<kBwdThreads>(row_at<T>(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
+      o_rows.template load<kBwdThreads>(row_at<T>(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
       cp_async_commit();
       // One query a thread: RowBias of that query alone.
       RowBias<kKind, 1> rb;
@@ -423,7 +389,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
         if (at < 2 * kBwdBlock - 1) st_shared_f32(sT + 4 * at, table[pos::table_index(p.bias.form, I0 - j0 - (kBlockN - 1) + at, p.bias.table_len)] * float(kLog2e));
       }
       if constexpr (kKind == Kind::composed)
-        if (has_products(p)) make_terms<(kD > 64 ? 1 : 2)>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
+        if (has_products(p)) make_terms_apart<T, 5>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
       const bool data = has_data(p.vis), shared = regions > 1 && !tile_has_one_region(p, I0, I1, j0, j1);
       const bool partial = keys < kBlockN || rows < kBwdBlock || data || shared || !pos::tile_full(band, I0, I1, j0, j1);
       uint64_t seen[2] = {};
@@ -434,8 +400,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
       cp_async_wait<0>();
       sync_block();
       float s[kNt][4], ds[kNt][4];
-      product_nt<T, kD>(s, sK, sQ);
-      if constexpr (kDk) product_nt<T, kD>(ds, sV, sO);
+      product_nt(s, k_rows, q_rows);
+      if constexpr (kDk) product_nt(ds, v_rows, o_rows);
 
       float y[2] = {};
       if constexpr (kHasPositions<kKind>) {
@@ -507,8 +473,8 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_kv_kernel(const FASTPE_GRID_CONSTANT BwdA
             FASTPE_UNROLL
             for (int z = 0; z < 2; ++z) element(z, int(8 * n + frag_col(uint32_t(e))), s[n][2 * z + e], ds[n][2 * z + e]);
       }
-      if constexpr (kDv) product_nn<T, kD>(dv, s, sO);
-      if constexpr (kDk) product_nn<T, kD>(dk, ds, sQ);
+      if constexpr (kDv) product_nn(dv, s, o_rows);
+      if constexpr (kDk) product_nn(dk, ds, q_rows);
     }
     if (kDk && g.dw) {
       FASTPE_UNROLL

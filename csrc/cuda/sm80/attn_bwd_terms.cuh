@@ -47,6 +47,7 @@ constexpr int kBinWarps = kBwdThreads / 32;
 // What a tile adds to the gradients of products with tables; scores: dS by (query, key), 0 where there is none.
 //   dx_m += sum over o of dS e[index]            own tokens of a warp: a strip as in strips.cuh
 //   de[offset] += sum over m of dS x_m           32 offsets a warp: offset I0 - j0 - 63 + v at v
+template <class T>
 FASTPE_DEVICE void add_tile_products(const TermsArgs& a, int64_t b, int64_t h, int64_t i0, int64_t j0, int rows, int keys, uint32_t scores, float* out) {
   const AttnParams& p = a.g.a.fwd;
   const Bias& s = p.bias;
@@ -76,7 +77,7 @@ FASTPE_DEVICE void add_tile_products(const TermsArgs& a, int64_t b, int64_t h, i
       const int32_t id = term_entry(s, by_row ? t0 - k : t0 + k);
       return id < 0 ? nullptr : table + id * e.sn;
     };
-    add_products(out + int64_t(own) * d, by_offset ? 16 : tokens - own, d, by_offset ? kBwdBlock : kPlaces, ds, vector);
+    add_products<T>(out + int64_t(own) * d, by_offset ? 16 : tokens - own, d, by_offset ? kBwdBlock : kPlaces, ds, vector);
   }
 }
 
@@ -91,6 +92,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
   const pos::Band band{p.vis.left, p.vis.right, p.vis.sinks};
   const uint32_t smem = shared_base(), sQ = smem + Shape::kQ, sO = smem + Shape::kDo, sK = smem + Shape::kK, sV = smem + Shape::kV;
   const uint32_t s1 = smem + Shape::kS, s2 = Shape::kOverlay ? sV : smem + Shape::kDp;
+  Operand<T, kD> q_rows{sQ}, o_rows{sO}, k_rows{sK}, v_rows{sV};
   const int tid = int(thread_index());
 
   // ---- which tiles ----------------------------------------------------------------------------------------------------
@@ -193,9 +195,9 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
           if (see.lo >= see.hi || !tile_may_see(p, g.spans, b, h, qb, i0, i0 + rows, t, j0, j1)) continue;
           const int keys = int(j1 - j0);
           sync_block();
-          if (has_products(p)) make_terms<2>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
+          if (has_products(p)) make_terms_apart<T, 5>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
           if (fresh) {
-            if (backward) load_tile<kD, kBwdBlock, kBwdThreads>(sO, row_at(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
+            if (backward) o_rows.template load<kBwdThreads>(row_at<T>(g.a.d_o, b, h, i0), g.a.d_o.sn, rows, int(p.Dv), g.aligned_do);
             rb.start(p, b, h, offset, row_of);
             FASTPE_UNROLL
             for (int x = 0; x < 2; ++x) {
@@ -208,7 +210,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
             }
             fresh = false;
           }
-          if (backward) load_tile<kD, kBwdBlock, kBwdThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
+          if (backward) v_rows.template load<kBwdThreads>(row_at<T>(p.v, b, hk, j0), p.v.sn, keys, int(p.Dv), g.aligned_v);
           // Scores of every region the tile has, each on its own pairs.
           bool first_region = true;
           float s[kNt][4];
@@ -216,12 +218,12 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
           for (int region = 0; region < pos::region_count(p.region.kind); ++region) {
             if (!tile_has_region(p, region, I0, I1, j0, j1)) continue;
             if (!first_region) sync_block();
-            load_tile<kD, kBwdBlock, kBwdThreads>(sQ, row_at(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
-            load_tile<kD, kBwdBlock, kBwdThreads>(sK, row_at(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
+            q_rows.template load<kBwdThreads>(row_at<T>(g.q, b, h, i0) + region * g.q_copy, g.q.sn, rows, int(p.D), g.aligned_q);
+            k_rows.template load<kBwdThreads>(row_at<T>(g.k, b, hk, j0) + region * g.k_copy, g.k.sn, keys, int(p.D), g.aligned_k);
             cp_async_commit();
             cp_async_wait<0>();
             sync_block();
-            product_nt<T, kD>(s, sQ, sK);
+            product_nt(s, q_rows, k_rows);
             FASTPE_UNROLL
             for (int x = 0; x < 2; ++x) {
               const int64_t I = row_of(x) + offset;
@@ -238,7 +240,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
             first_region = false;
           }
           if (backward) {
-            product_nt<T, kD>(s, sO, sV);
+            product_nt(s, o_rows, v_rows);
             if constexpr (Shape::kOverlay) sync_block();
             fragments_to(s2, s);
           }
@@ -314,7 +316,7 @@ FASTPE_KERNEL(kBwdThreads, 1) attn_bwd_terms_kernel(const FASTPE_GRID_CONSTANT T
           }
           sync_block();
           if (of_products(a.target)) {
-            add_tile_products(a, b, h, i0, j0, rows, keys, s1, vectors);
+            add_tile_products<T>(a, b, h, i0, j0, rows, keys, s1, vectors);
           } else if (a.walk == Walk::pairs) {
             FASTPE_NO_UNROLL
             for (int x = 0; x < kItems; ++x) {

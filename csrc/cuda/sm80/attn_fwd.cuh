@@ -62,21 +62,25 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
   const auto local_row = [&](int x) { return warp_row + 16 * (x >> 1) + frag_row(x & 1); };
   const auto row_of = [&](int x) { return i0 + int64_t(local_row(x)); };
 
+  static_assert(kMt == 1 && kBlockM == 64);
+  Operand<T, kD> q_rows{sQ}, k_rows{sK}, v_rows{sV};
+
   const auto load_queries = [&](int region) {
-    const uint16_t* q0 = row_at(p.q, b, h, i0);
-    if (p.q_rope.cos.p) {
-      constexpr uint32_t kChunks = Tile<kD>::kChunks;
-      const Rope rope = region_rope(p.q_rope, region);
-      for (uint32_t item = thread_index(); item < kBlockM * kChunks; item += kThreads) {
-        const uint32_t row = item / kChunks, chunk = item % kChunks;
-        Quad v{};
-        if (int(row) < rows && int64_t(chunk * 8) < p.D)
-          v = load_chunk_rotated<T>(q0 + int64_t(row) * p.q.sn, chunk, aux_at<float>(rope.cos, b, h, i0 + row), aux_at<float>(rope.sin, b, h, i0 + row), uint32_t(p.rope_pairs), p.rope_layout);
-        st_shared_v4(sQ + Tile<kD>::at(row, chunk), v);
+    const Stored<T>* q0 = row_at<T>(a.pre.q, b, h, i0) + region * a.pre.q_copy;
+    const bool turn = !kIsF32<T> && p.q_rope.cos.p;
+    if constexpr (!kIsF32<T>)
+      if (turn) {
+        constexpr uint32_t kChunks = Tile<kD>::kChunks;
+        const Rope rope = region_rope(p.q_rope, region);
+        for (uint32_t item = thread_index(); item < kBlockM * kChunks; item += kThreads) {
+          const uint32_t row = item / kChunks, chunk = item % kChunks;
+          Quad v{};
+          if (int(row) < rows && int64_t(chunk * 8) < p.D)
+            v = load_chunk_rotated<T>(q0 + int64_t(row) * p.q.sn, chunk, aux_at<float>(rope.cos, b, h, i0 + row), aux_at<float>(rope.sin, b, h, i0 + row), uint32_t(p.rope_pairs), p.rope_layout);
+          st_shared_v4(sQ + Tile<kD>::at(row, chunk), v);
+        }
       }
-    } else {
-      load_tile<kD, kBlockM, kThreads>(sQ, q0, p.q.sn, rows, int(p.D), a.aligned_q);
-    }
+    if (!turn) q_rows.template load<kThreads>(q0, a.pre.q.sn, rows, int(p.D), a.aligned_q);
     cp_async_commit();
   };
 
@@ -163,7 +167,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
   };
   const auto start_keys = [&](int t) {
     const int64_t j0 = int64_t(t) * kBlockN;
-    load_tile<kD, kBlockN, kThreads>(sK, row_at(a.pre.k, b, hk, j0) + region * a.pre.k_copy, a.pre.k.sn, int(p.Nk - j0 < kBlockN ? p.Nk - j0 : kBlockN), int(p.D), a.aligned_k);
+    k_rows.template load<kThreads>(row_at<T>(a.pre.k, b, hk, j0) + region * a.pre.k_copy, a.pre.k.sn, int(p.Nk - j0 < kBlockN ? p.Nk - j0 : kBlockN), int(p.D), a.aligned_k);
   };
 
   float o[kMt][kDt][4];
@@ -198,7 +202,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     ++visited;
     cp_async_wait<0>();
     sync_block();
-    load_tile<kD, kBlockN, kThreads>(sV, row_at(p.v, b, hk, j0), p.v.sn, int(j1 - j0), int(p.Dv), a.aligned_v);
+    v_rows.template load<kThreads>(row_at<T>(p.v, b, hk, j0), p.v.sn, int(j1 - j0), int(p.Dv), a.aligned_v);
     cp_async_commit();
     if constexpr (kKind == Kind::table) {
       // Entry x: offset I - j = I0 - j0 - (kBlockN - 1) + x.
@@ -209,7 +213,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
 
     const int keys = int(j1 - j0);
     if constexpr (kKind == Kind::composed)
-      if (has_products(p)) make_terms<(kD > 64 ? 2 : 5)>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
+      if (has_products(p)) make_terms<T, (kD > 64 ? 2 : 5)>(p, b, h, i0, j0, rows, keys, smem + Shape::kTerms);
     bool data = has_data(p.vis);
     if (p.vis.k_ids && !p.vis.mask && !sees_by_rules(p.vis)) {
       const int32_t *q_span = a.pre.spans.q_id + b * a.pre.spans.q_id_sb + 2 * qb, *span = a.pre.spans.k_id + b * a.pre.spans.k_id_sb + 2 * t;
@@ -228,28 +232,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
 
     // ---- S = Q K^T ------------------------------------------------------------------------------------------------------------
     float s[kMt][kNt][4];
-    FASTPE_UNROLL
-    for (int mt = 0; mt < kMt; ++mt)
-      FASTPE_UNROLL
-      for (int n = 0; n < kNt; ++n)
-        FASTPE_UNROLL
-        for (int e = 0; e < 4; ++e) s[mt][n][e] = 0;
-    FASTPE_UNROLL
-    for (int k = 0; k < kD / 16; ++k) {
-      uint32_t fq[kMt][4];
-      FASTPE_UNROLL
-      for (int mt = 0; mt < kMt; ++mt) ldmatrix_x4(fq[mt], fragment_at<kD>(sQ, warp_row + 16 * mt, 2 * k));
-      FASTPE_UNROLL
-      for (int n = 0; n < kBlockN / 16; ++n) {
-        uint32_t fk[4];
-        ldmatrix_x4(fk, fragment_at<kD>(sK, 16 * n, 2 * k));
-        FASTPE_UNROLL
-        for (int mt = 0; mt < kMt; ++mt) {
-          mma<T>(s[mt][2 * n], fq[mt], fk[0], fk[2]);
-          mma<T>(s[mt][2 * n + 1], fq[mt], fk[1], fk[3]);
-        }
-      }
-    }
+    product_nt(s[0], q_rows, k_rows);
     cp_async_wait<0>();
     sync_block();
     t = next;
@@ -260,7 +243,6 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     rb.tile(j0, j1, I0, I1, band.right == 1);
     const Softcap cap(p);
     if constexpr (kKind == Kind::composed) {
-      static_assert(kMt == 1 && kBlockM == 64);
       const uint32_t sS = smem + Shape::kScores;
       fragments_to(sS, s[0]);
       sync_warp();
@@ -330,24 +312,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     }
 
     // ---- O += P V -------------------------------------------------------------------------------------------------------------------
-    FASTPE_UNROLL
-    for (int k = 0; k < kBlockN / 16; ++k) {
-      uint32_t fp[kMt][4];
-      FASTPE_UNROLL
-      for (int mt = 0; mt < kMt; ++mt)
-        FASTPE_UNROLL
-        for (int r = 0; r < 4; ++r) fp[mt][r] = T::pack(s[mt][2 * k + (r >> 1)][2 * (r & 1)], s[mt][2 * k + (r >> 1)][2 * (r & 1) + 1]);
-      FASTPE_UNROLL
-      for (int d = 0; d < kD / 16; ++d) {
-        uint32_t fv[4];
-        ldmatrix_x4_trans(fv, fragment_at<kD>(sV, 16 * k, 2 * d));
-        FASTPE_UNROLL
-        for (int mt = 0; mt < kMt; ++mt) {
-          mma<T>(o[mt][2 * d], fp[mt], fv[0], fv[1]);
-          mma<T>(o[mt][2 * d + 1], fp[mt], fv[2], fv[3]);
-        }
-      }
-    }
+    product_nn(o[0], s[0], v_rows);
   }
 
   }  // regions
@@ -400,30 +365,42 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     lse = l[x] == 0 ? -kInf : (top + lg2_approx(l[x])) * float(kLn2);
     if ((lane_index() & 3) == 0 && row_of(x) < p.Nq) static_cast<float*>(p.lse)[(b * p.H + h) * p.Nq + row_of(x)] = lse;
   }
-  // Through the warp's own rows of Q, so that stores to global memory are 16 bytes. A block without key tiles has not met
-  // since its warps loaded Q together.
-  sync_block();
-  constexpr int kPasses = 2;
-  FASTPE_NO_UNROLL
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const View& out = pass == 0 ? p.o : p.residual;
-    if (!out.p) break;
+  if constexpr (kIsF32<T>) {
     FASTPE_UNROLL
     for (int x = 0; x < kRows; ++x)
       FASTPE_UNROLL
-      for (int d = 0; d < kDt; ++d) {
-        const float lo = o[x >> 1][d][2 * (x & 1)] * inv[x], hi = o[x >> 1][d][2 * (x & 1) + 1] * inv[x];
-        uint32_t v = T::pack(lo, hi);
-        if (pass == 1) v = T::pack(lo - wide_low<T>(v), hi - wide_high<T>(v));
-        st_shared_b32(sQ + Tile<kD>::at(local_row(x), d) + 4 * (lane_index() & 3), v);
+      for (int d = 0; d < kDt; ++d)
+        FASTPE_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int64_t channel = 8 * d + frag_col(e);
+          if (row_of(x) < p.Nq && channel < p.Dv) (static_cast<float*>(p.o.p) + b * p.o.sb + h * p.o.sh + row_of(x) * p.o.sn)[channel] = o[0][d][2 * (x & 1) + e] * inv[x];
+        }
+  } else {
+    // Through the warp's own rows of Q, so that stores to global memory are 16 bytes. A block without key tiles has not met
+    // since its warps loaded Q together.
+    sync_block();
+    constexpr int kPasses = 2;
+    FASTPE_NO_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const View& out = pass == 0 ? p.o : p.residual;
+      if (!out.p) break;
+      FASTPE_UNROLL
+      for (int x = 0; x < kRows; ++x)
+        FASTPE_UNROLL
+        for (int d = 0; d < kDt; ++d) {
+          const float lo = o[x >> 1][d][2 * (x & 1)] * inv[x], hi = o[x >> 1][d][2 * (x & 1) + 1] * inv[x];
+          uint32_t v = T::pack(lo, hi);
+          if (pass == 1) v = T::pack(lo - wide_low<T>(v), hi - wide_high<T>(v));
+          st_shared_b32(sQ + Tile<kD>::at(local_row(x), d) + 4 * (lane_index() & 3), v);
+        }
+      sync_warp();
+      for (uint32_t item = lane_index(); item < 16 * kMt * Tile<kD>::kChunks; item += 32) {
+        const uint32_t row = warp_row + item / Tile<kD>::kChunks, chunk = item % Tile<kD>::kChunks;
+        if (int(row) >= rows || int64_t(chunk * 8) >= p.Dv) continue;
+        *reinterpret_cast<Quad*>(static_cast<uint16_t*>(out.p) + b * out.sb + h * out.sh + (i0 + row) * out.sn + chunk * 8) = ld_shared_v4(sQ + Tile<kD>::at(row, chunk));
       }
-    sync_warp();
-    for (uint32_t item = lane_index(); item < 16 * kMt * Tile<kD>::kChunks; item += 32) {
-      const uint32_t row = warp_row + item / Tile<kD>::kChunks, chunk = item % Tile<kD>::kChunks;
-      if (int(row) >= rows || int64_t(chunk * 8) >= p.Dv) continue;
-      *reinterpret_cast<Quad*>(static_cast<uint16_t*>(out.p) + b * out.sb + h * out.sh + (i0 + row) * out.sn + chunk * 8) = ld_shared_v4(sQ + Tile<kD>::at(row, chunk));
+      sync_warp();
     }
-    sync_warp();
   }
 }
 
@@ -452,8 +429,8 @@ FASTPE_KERNEL(128, 1) attn_join_kernel(const FASTPE_GRID_CONSTANT FwdArgs a) {
   l += sink == -kInf ? 0.f : ex2_approx(sink - safe);
   const float inv = l == 0 ? 0.f : 1.f / l;
   if (lane == 0) static_cast<float*>(p.lse)[row] = l == 0 ? -kInf : (safe + lg2_approx(l)) * float(kLn2);
-  uint16_t* out = static_cast<uint16_t*>(p.o.p) + b * p.o.sb + h * p.o.sh + i * p.o.sn;
-  uint16_t* residual = p.residual.p ? static_cast<uint16_t*>(p.residual.p) + b * p.residual.sb + h * p.residual.sh + i * p.residual.sn : nullptr;
+  Stored<T>* out = static_cast<Stored<T>*>(p.o.p) + b * p.o.sb + h * p.o.sh + i * p.o.sn;
+  Stored<T>* residual = p.residual.p ? static_cast<Stored<T>*>(p.residual.p) + b * p.residual.sb + h * p.residual.sh + i * p.residual.sn : nullptr;
   for (int64_t d0 = 0; d0 < p.Dv; d0 += 32) {
     const int64_t d = d0 + lane;
     float y = 0;
@@ -463,7 +440,7 @@ FASTPE_KERNEL(128, 1) attn_join_kernel(const FASTPE_GRID_CONSTANT FwdArgs a) {
     }
     if (d >= p.Dv) continue;
     y *= inv;
-    const uint16_t rounded = T::narrow(y);
+    const Stored<T> rounded = T::narrow(y);
     out[d] = rounded;
     if (residual) residual[d] = T::narrow(y - T::wide(rounded));
   }
