@@ -143,6 +143,43 @@ FASTPE_KERNEL(128, 1) wgmma_kernel(const FASTPE_GRID_CONSTANT Sm90Args a) {
   for (uint32_t i = 0; i < N / 2; ++i) a.out[(16 * warp + g + 8 * (i >> 1 & 1)) * N + 8 * (i >> 2) + 2 * t + (i & 1)] = bits_of_float(d[i]);
 }
 
+// Two accumulators and three groups, one still on its way while the result of the one before it is read. in: A (64 m, 64 k),
+// B (64 n, 64 k) bf16. out: three (64,64): the products over k from 0 to 15, from 16 to 31, from 0 to 15 and 32 to 47.
+FASTPE_KERNEL(128, 1) wgmma_groups_kernel(const FASTPE_GRID_CONSTANT Sm90Args a) {
+  const uint32_t tid = thread_index(), warp = warp_index(), g = lane_index() >> 2, t = lane_index() & 3, sA = shared_base(), sB = sA + 64 * 128;
+  for (uint32_t i = tid; i < 2 * 64 * 32; i += 128) st_shared_b32(sA + swizzle_128(4 * i), a.in[i]);
+  fence_proxy_async();
+  sync_block();
+  const auto put = [&](uint32_t which, const float (&d)[32]) {
+    FASTPE_UNROLL
+    for (uint32_t i = 0; i < 32; ++i) a.out[which * 4096 + (16 * warp + g + 8 * (i >> 1 & 1)) * 64 + 8 * (i >> 2) + 2 * t + (i & 1)] = bits_of_float(d[i]);
+  };
+  const auto descriptor = [](uint32_t tile, uint32_t k) { return wgmma_descriptor(tile + 32 * k, 1024); };
+  float d[32], e[32];
+  FASTPE_UNROLL
+  for (int i = 0; i < 32; ++i) d[i] = e[i] = 0;
+  wgmma_registers(d);
+  wgmma_registers(e);
+  wgmma_fence();
+  wgmma_ss<Bf16, 64>(d, descriptor(sA, 0), descriptor(sB, 0), false);
+  wgmma_commit();
+  wgmma_fence();
+  wgmma_ss<Bf16, 64>(e, descriptor(sA, 1), descriptor(sB, 1), false);
+  wgmma_commit();
+  wgmma_wait<1>();
+  wgmma_registers(d);
+  put(0, d);
+  wgmma_registers(d);
+  wgmma_fence();
+  wgmma_ss<Bf16, 64>(d, descriptor(sA, 2), descriptor(sB, 2), true);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_registers(d);
+  wgmma_registers(e);
+  put(1, e);
+  put(2, d);
+}
+
 // A tensor of 2160 words: (57 of 60) rows of (70 of 72) elements of 2 bytes, or (3 of 3) of (19 of 20) such rows, or rows of
 // 35 of 4 bytes.
 constexpr int64_t kTensorWords = 2160;
@@ -184,6 +221,7 @@ void for_each_sm90(Fn&& f) {
   store("tma_store_2d", 2, Swizzle::none, 24, 20, 1, -3, 45, 0);
   store("tma_store_2d_128", 2, Swizzle::b128, 64, 50, 1, 33, 10, 0);
   store("tma_store_3d_128", 3, Swizzle::b128, 64, 8, 3, 8, 15, 1);
+  f("wgmma_groups", &wgmma_groups_kernel, 128, 2 * 64 * 128, 4096, 3 * 4096, nothing);
   const auto product = [&](const char* name, int n, auto kernel) {
     f(name, kernel, 128, (64 + (n + 63) / 64 * 64) * 128, 2048 + 32 * n + 64 * n, 64 * n, nothing);
   };

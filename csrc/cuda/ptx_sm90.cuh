@@ -42,15 +42,15 @@ struct alignas(128) TensorMap {
 // ---- mbarriers --------------------------------------------------------------------------------------------------------
 
 // 8 bytes of shared memory at a multiple of 8. One thread initialises it, executes fence_mbarrier_init, then a barrier.
-FASTPE_DEVICE void mbarrier_init([[maybe_unused]] uint32_t addr, [[maybe_unused]] uint32_t count) { FASTPE_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(addr), "r"(count) : "memory"); }
-FASTPE_DEVICE void mbarrier_inval([[maybe_unused]] uint32_t addr) { FASTPE_SM90("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(addr) : "memory"); }
-FASTPE_DEVICE void mbarrier_arrive([[maybe_unused]] uint32_t addr) { FASTPE_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(addr) : "memory"); }
+FASTPE_DEVICE void mbarrier_init(uint32_t addr, uint32_t count) { FASTPE_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(addr), "r"(count) : "memory"); }
+FASTPE_DEVICE void mbarrier_inval(uint32_t addr) { FASTPE_SM90("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(addr) : "memory"); }
+FASTPE_DEVICE void mbarrier_arrive(uint32_t addr) { FASTPE_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(addr) : "memory"); }
 // The phase also waits for `bytes` more of bulk copies.
-FASTPE_DEVICE void mbarrier_arrive_expect_tx([[maybe_unused]] uint32_t addr, [[maybe_unused]] uint32_t bytes) {
+FASTPE_DEVICE void mbarrier_arrive_expect_tx(uint32_t addr, uint32_t bytes) {
   FASTPE_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(addr), "r"(bytes) : "memory");
 }
 // Whether the phase of that parity is complete; may wait a while before it says no.
-FASTPE_DEVICE bool mbarrier_try_wait_parity([[maybe_unused]] uint32_t addr, [[maybe_unused]] uint32_t parity) {
+FASTPE_DEVICE bool mbarrier_try_wait_parity(uint32_t addr, uint32_t parity) {
   uint32_t done = 0;
   FASTPE_SM90("{\n.reg .pred %%pw;\nmbarrier.try_wait.parity.shared::cta.b64 %%pw, [%1], %2;\nselp.b32 %0, 1, 0, %%pw;\n}" : "=r"(done) : "r"(addr), "r"(parity) : "memory");
   return done != 0;
@@ -64,24 +64,24 @@ FASTPE_DEVICE void fence_proxy_async() { FASTPE_SM90("fence.proxy.async.shared::
 // One thread issues them. Coordinates are elements, innermost first; what lies outside the tensor reads as 0 and counts
 // among the bytes that arrive, and is not stored.
 
-FASTPE_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) { FASTPE_SM90("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-FASTPE_DEVICE void tma_load_2d([[maybe_unused]] uint32_t dst, [[maybe_unused]] const TensorMap* map, [[maybe_unused]] int32_t x, [[maybe_unused]] int32_t y, [[maybe_unused]] uint32_t mbarrier) {
+FASTPE_DEVICE void prefetch_tensor_map(const TensorMap* map) { FASTPE_SM90("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+FASTPE_DEVICE void tma_load_2d(uint32_t dst, const TensorMap* map, int32_t x, int32_t y, uint32_t mbarrier) {
   FASTPE_SM90("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
               ::"r"(dst), "l"(map), "r"(x), "r"(y), "r"(mbarrier) : "memory");
 }
-FASTPE_DEVICE void tma_load_3d([[maybe_unused]] uint32_t dst, [[maybe_unused]] const TensorMap* map, [[maybe_unused]] int32_t x, [[maybe_unused]] int32_t y, [[maybe_unused]] int32_t z, [[maybe_unused]] uint32_t mbarrier) {
+FASTPE_DEVICE void tma_load_3d(uint32_t dst, const TensorMap* map, int32_t x, int32_t y, int32_t z, uint32_t mbarrier) {
   FASTPE_SM90("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
               ::"r"(dst), "l"(map), "r"(x), "r"(y), "r"(z), "r"(mbarrier) : "memory");
 }
 // Consecutive bytes, a multiple of 16, both addresses too.
-FASTPE_DEVICE void bulk_load([[maybe_unused]] uint32_t dst, [[maybe_unused]] const void* src, [[maybe_unused]] uint32_t bytes, [[maybe_unused]] uint32_t mbarrier) {
+FASTPE_DEVICE void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbarrier) {
   FASTPE_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
               ::"r"(dst), "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(mbarrier) : "memory");
 }
-FASTPE_DEVICE void tma_store_2d([[maybe_unused]] const TensorMap* map, [[maybe_unused]] int32_t x, [[maybe_unused]] int32_t y, [[maybe_unused]] uint32_t src) {
+FASTPE_DEVICE void tma_store_2d(const TensorMap* map, int32_t x, int32_t y, uint32_t src) {
   FASTPE_SM90("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y), "r"(src) : "memory");
 }
-FASTPE_DEVICE void tma_store_3d([[maybe_unused]] const TensorMap* map, [[maybe_unused]] int32_t x, [[maybe_unused]] int32_t y, [[maybe_unused]] int32_t z, [[maybe_unused]] uint32_t src) {
+FASTPE_DEVICE void tma_store_3d(const TensorMap* map, int32_t x, int32_t y, int32_t z, uint32_t src) {
   FASTPE_SM90("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map), "r"(x), "r"(y), "r"(z), "r"(src) : "memory");
 }
 // Stores of this thread since the last commit become a group; wait until at most N groups are left, until they are written
@@ -145,7 +145,7 @@ FASTPE_DEVICE void wgmma_registers(float (&d)[kRegisters]) {
 #define FASTPE_REGS_256 FASTPE_D32(0), FASTPE_D32(32), FASTPE_D32(64), FASTPE_D32(96)
 // d = a b, plus d if accumulate; a (64,16), b (16,N) from tiles. trans: MN-major.
 template <class T, int N, bool kTransA = false, bool kTransB = false>
-FASTPE_DEVICE void wgmma_ss([[maybe_unused]] float (&d)[N / 2], [[maybe_unused]] uint64_t desc_a, [[maybe_unused]] uint64_t desc_b, [[maybe_unused]] bool accumulate) {
+FASTPE_DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate) {
   static_assert(N == 64 || N == 96 || N == 128 || N == 256);
   if constexpr (N == 64 && __is_same(T, Bf16)) FASTPE_WGMMA_SS(64, "bf16", FASTPE_TEXT_64, FASTPE_REGS_64, 32, 33, 34, 35, 36);
   else if constexpr (N == 64 && __is_same(T, F16)) FASTPE_WGMMA_SS(64, "f16", FASTPE_TEXT_64, FASTPE_REGS_64, 32, 33, 34, 35, 36);
@@ -158,7 +158,7 @@ FASTPE_DEVICE void wgmma_ss([[maybe_unused]] float (&d)[N / 2], [[maybe_unused]]
 }
 // a from registers.
 template <class T, int N, bool kTransB = false>
-FASTPE_DEVICE void wgmma_rs([[maybe_unused]] float (&d)[N / 2], [[maybe_unused]] const uint32_t (&a)[4], [[maybe_unused]] uint64_t desc_b, [[maybe_unused]] bool accumulate) {
+FASTPE_DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool accumulate) {
   static_assert(N == 64 || N == 96 || N == 128 || N == 256);
   if constexpr (N == 64 && __is_same(T, Bf16)) FASTPE_WGMMA_RS(64, "bf16", FASTPE_TEXT_64, FASTPE_REGS_64, 32, 33, 34, 35, 36, 37, 38);
   else if constexpr (N == 64 && __is_same(T, F16)) FASTPE_WGMMA_RS(64, "f16", FASTPE_TEXT_64, FASTPE_REGS_64, 32, 33, 34, 35, 36, 37, 38);

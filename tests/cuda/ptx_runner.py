@@ -26,6 +26,13 @@ COMPARE = {
 }  # fmt: skip
 
 
+# What `parked` holds for a thread that waits for an mbarrier rather than a barrier.
+AT_MBARRIER = 100
+# emu/sm90.h's TensorMap, which the emulator's launch code fills.
+TENSOR_MAP = np.dtype([("magic", "u8"), ("base", "u8"), ("rank", "u4"), ("element", "u4"), ("dims", "u8", 3), ("strides", "u8", 2), ("box", "u4", 3), ("swizzle", "u4")])
+SWIZZLE = (0, 0x10, 0x30, 0x70)
+
+
 class Function:
     def __init__(self, name, params):
         self.name, self.params = name, params
@@ -87,19 +94,29 @@ class Block:
         self.warp = np.arange(threads) // 32
         self.arrived = np.zeros(16, np.int64)
         self.copies: list[list] = [[]]
+        self.mbarriers: dict[int, list] = {}  # address: count, pending, bytes, phase
+        self.flying: list[tuple] = []  # bulk copies: addresses, bytes, mbarrier
+        self.parked = np.full(threads, -1)
         self.executed = 0
         f = functions[entry]
-        self.run(Frame(f, threads, {f.params[0]: np.frombuffer(arguments, np.uint8)}), np.ones(threads, bool))
+        # Aligned as a tensor map among them needs it.
+        room = np.zeros(len(arguments) + 128, np.uint8)
+        room = room[-room.ctypes.data % 128 :][: len(arguments)]
+        room[:] = np.frombuffer(arguments, np.uint8)
+        self.run(Frame(f, threads, {f.params[0]: room}), np.ones(threads, bool))
 
     def run(self, frame, threads):
         f, n = frame.f, self.n
         pc = np.where(threads, 0, -1)
-        parked = np.full(n, -1)
+        parked = self.parked = np.full(n, -1)
         frame.votes = np.zeros(n, bool)
         while True:
             live = (pc >= 0) & (parked < 0)
             if not live.any():
                 if (parked >= 0).any():
+                    if self.flying:
+                        self.land(*self.flying.pop())
+                        continue
                     raise RuntimeError(f"{f.name}: deadlock at barriers {sorted(set(parked[parked >= 0]))}")
                 return
             now = pc[live].min()
@@ -127,6 +144,16 @@ class Block:
                 if op[0] == "bar" and op[1] != "warp":
                     pc[mask] = now + 1
                     self.barrier(frame, op, args, mask, parked, f)
+                    break
+                if op[:2] == ["mbarrier", "try_wait"]:
+                    # Never says no: a thread comes back to it when a phase is complete.
+                    assert op[2] == "parity"
+                    at, parity = self.address(frame, args[1]), frame.read(args[2], "u32", self)
+                    done = np.array([not m[t] or self.mbarriers[at[t]][3] & 1 != parity[t] for t in range(n)])
+                    frame.mask, frame.everyone = m & done, False
+                    frame.write(args[0], np.ones(n, bool), "pred")
+                    pc[mask & done], pc[mask & ~done] = now + 1, now
+                    parked[mask & ~done] = AT_MBARRIER
                     break
                 if m.any():
                     frame.mask, frame.everyone = m, everyone and (m is mask or m.all())
@@ -160,6 +187,85 @@ class Block:
         elif self.arrived[which] > count:
             raise RuntimeError(f"{f.name}: too many threads at barrier {which}")
 
+    # ---- mbarriers and bulk copies --------------------------------------------------------------------------------------
+
+    def op_mbarrier(self, frame, op, args):
+        at = self.address(frame, args[0] if args[0].startswith("[") else args[1])[frame.mask]
+        amount = frame.read(args[-1], "u32", self)[frame.mask].astype(np.int64) if not args[-1].startswith("[") else np.zeros(len(at), np.int64)
+        for a, x in zip(at, amount):
+            assert a % 8 == 0 and 0 <= a <= len(self.shared) - 24
+            if op[1] == "init":
+                self.mbarriers[a] = [x, x, 0, 0]
+            elif op[1] == "inval":
+                del self.mbarriers[a]
+            elif op[1] == "arrive":
+                b = self.mbarriers[a]
+                assert b[1] > 0 and (op[2] == "expect_tx") == (x > 0), "mbarrier.arrive"
+                b[1], b[2] = b[1] - 1, b[2] + x
+                self.finish_phase(b)
+            else:
+                raise NotImplementedError(".".join(op))
+
+    def finish_phase(self, b):
+        if b[1] == 0 and b[2] == 0:
+            b[1], b[3] = b[0], b[3] + 1
+            self.parked[self.parked == AT_MBARRIER] = -1
+
+    def land(self, at, data, mbarrier):
+        self.shared[at] = data
+        b = self.mbarriers[mbarrier]
+        b[2] -= len(data)
+        self.finish_phase(b)
+
+    def op_fence(self, frame, op, args):
+        assert op[1:3] in (["proxy", "async"], ["mbarrier_init", "release"]), op
+
+    def op_prefetch(self, frame, op, args):
+        assert op[1] == "tensormap"
+        self.tensor_map(frame, args[0])
+
+    def tensor_map(self, frame, operand):
+        base = self.address(frame, operand)[frame.mask]
+        assert (base == base[0]).all() and base[0] % 64 == 0
+        at = int(base[0]) - MEMORY_AT
+        m = MEMORY[at : at + TENSOR_MAP.itemsize].copy().view(TENSOR_MAP)[0]
+        assert m["magic"] == 0x70616D726F736E74, "not a tensor map"
+        return m
+
+    def box(self, frame, rank, operand, shared):
+        """Byte by byte of a box: shared addresses, global addresses (0: outside)."""
+        name, coordinates = re.match(r"\[\s*(%\w+)\s*,\s*\{([^}]*)\}", operand).groups()
+        m = self.tensor_map(frame, f"[{name}]")
+        first = [int(frame.read(x.strip(), "s32", self)[frame.mask][0]) for x in coordinates.split(",")]
+        assert len(first) == rank == m["rank"] and shared % (128 << int(m["swizzle"])) == 0
+        element = int(m["element"])
+        counts = [int(m["box"][i]) for i in range(rank)][::-1]
+        index = np.indices(counts).reshape(rank, -1)[::-1] + np.array(first)[:, None]  # innermost first
+        inside = np.all((index >= 0) & (index < m["dims"][:rank].astype(np.int64)[:, None]), 0)
+        at = int(m["base"]) + index[0] * element + sum(index[i] * int(m["strides"][i - 1]) for i in range(1, rank))
+        outer = (np.where(inside, at, 0)[:, None] + np.where(inside[:, None], np.arange(element), 0)).ravel()
+        inner = shared + np.arange(len(outer))
+        return inner ^ (inner >> 3 & SWIZZLE[m["swizzle"]]), outer
+
+    def bulk(self, frame, op, args):
+        assert frame.mask.sum() == 1, "one thread copies in bulk"
+        if op[3:] == ["tensor", op[4], "global", "shared::cta", "bulk_group"]:
+            inner, outer = self.box(frame, int(op[4][0]), args[0], int(self.address(frame, args[1])[frame.mask][0]))
+            MEMORY[outer[outer > 0] - MEMORY_AT] = self.shared[inner[outer > 0]]
+            return
+        assert op[-1] == "mbarrier::complete_tx::bytes" and op[-3:-1] == ["shared::cluster", "global"], op
+        to, mbarrier = int(self.address(frame, args[0])[frame.mask][0]), int(self.address(frame, args[-1])[frame.mask][0])
+        if op[3] == "tensor":
+            inner, outer = self.box(frame, int(op[4][0]), args[1], to)
+        else:
+            size = int(frame.read(args[2], "u32", self)[frame.mask][0])
+            inner, outer = to + np.arange(size), self.address(frame, args[1])[frame.mask] + np.arange(size)
+            assert size % 16 == 0 and to % 16 == 0 and outer[0] % 16 == 0
+        data = np.where(outer > 0, MEMORY[np.where(outer > 0, outer, outer.max()) - MEMORY_AT], 0)
+        assert inner.max() < len(self.shared) - 16
+        self.shared[inner] = 0xFF
+        self.flying.append((inner, data.astype(np.uint8), mbarrier))
+
     # ---- memory --------------------------------------------------------------------------------------------------------
 
     def address(self, frame, operand):
@@ -187,21 +293,24 @@ class Block:
         if space == "volatile":
             space = op[2]
         t = TYPES[kind]
+        names = args[0].strip("{}").split(",") if args[0].startswith("{") else [args[0]]
         if space == "param" and args[1].lstrip("[ ").startswith("%"):
             # A register holds an offset into the kernel's arguments: the address of their symbol reads as 0.
             source = frame.params[frame.f.params[0]]
             at = np.where(frame.mask, self.address(frame, args[1]), 0)
-            data = np.ascontiguousarray(source[at[:, None] + np.arange(t.itemsize)])
-            return frame.write(args[0], data.view(t)[:, 0], kind)
+            for i, name in enumerate(names):
+                data = np.ascontiguousarray(source[at[:, None] + np.arange(i * t.itemsize, (i + 1) * t.itemsize)])
+                frame.write(name.strip(), data.view(t)[:, 0], kind)
+            return None
         if space == "param":
             m = re.match(r"\[\s*(\w+)\s*(?:\+\s*(\d+))?\s*\]", args[1])
-            source, offset = frame.params[m[1]], int(m[2] or 0)
-            if source.dtype == np.uint8:
-                value = np.full(self.n, source[offset : offset + t.itemsize].copy().view(t)[0], t)
-            else:
-                value = source.view(t)
-            return frame.write(args[0], value, kind)
-        names = args[0].strip("{}").split(",") if args[0].startswith("{") else [args[0]]
+            source = frame.params[m[1]]
+            for i, name in enumerate(names):
+                offset = int(m[2] or 0) + i * t.itemsize
+                # Arguments of the kernel are bytes; those and results of functions are one array per word.
+                value = source[offset].view(t) if isinstance(source, dict) else np.full(self.n, source[offset : offset + t.itemsize].copy().view(t)[0], t)
+                frame.write(name.strip(), value, kind)
+            return None
         at = self.address(frame, args[1])[frame.mask]
         data = np.ascontiguousarray(self.load(space, at, t.itemsize * len(names)))
         for i, name in enumerate(names):
@@ -214,14 +323,20 @@ class Block:
         space, kind = op[1], op[-1]
         t = TYPES[kind]
         if space == "param":
-            frame.params[re.match(r"\[\s*(\w+)", args[0])[1]] = frame.read(args[1], kind, self).copy()
+            m = re.match(r"\[\s*(\w+)\s*(?:\+\s*(\d+))?", args[0])
+            words = frame.params.setdefault(m[1], {})
+            before = words.get(int(m[2] or 0), np.zeros(self.n, t))
+            words[int(m[2] or 0)] = np.where(frame.mask, frame.read(args[1], kind, self), before.view(t))
             return
         names = args[1].strip("{}").split(",") if args[1].startswith("{") else [args[1]]
         values = [np.ascontiguousarray(frame.read(x.strip(), kind, self).astype(t)[frame.mask]).view(np.uint8).reshape(-1, t.itemsize) for x in names]
         self.store(space, self.address(frame, args[0])[frame.mask], np.concatenate(values, 1))
 
     def op_cp(self, frame, op, args):
-        if op[2] == "commit_group":
+        if op[2] == "bulk":
+            if op[3] not in ("commit_group", "wait_group"):  # stores are done when they are issued
+                self.bulk(frame, op, args)
+        elif op[2] == "commit_group":
             self.copies.append([])
         elif op[2] == "wait_group":
             # All threads of these kernels issue, commit and wait alike, so one list serves the block.
@@ -314,6 +429,72 @@ class Block:
         for i, name in enumerate(d):
             frame.write(name, D[i], "f32")
 
+    def whole_warpgroups(self, frame, what):
+        m = frame.mask.reshape(-1, 128)
+        assert (m.all(1) | ~m.any(1)).all(), f"{what} in a diverged warpgroup"
+
+    def op_elect(self, frame, op, args):
+        self.whole_warps(frame, "elect.sync")
+        frame.write(args[0].split("|")[1], np.arange(self.n) % 32 == 0, "pred")
+
+    def op_setmaxnreg(self, frame, op, args):
+        self.whole_warpgroups(frame, "setmaxnreg")
+        assert op[1] in ("inc", "dec") and 24 <= int(args[0]) <= 256 and int(args[0]) % 8 == 0
+
+    def op_wgmma(self, frame, op, args):
+        self.whole_warpgroups(frame, "wgmma")
+        if op[1] != "mma_async":  # products are done when they are issued
+            assert op[1] in ("fence", "commit_group", "wait_group")
+            return
+        n = int(re.fullmatch(r"m64n(\d+)k16", op[4])[1])
+        assert op[5] == "f32" and op[6] == op[7]
+        d, b = [x.strip() for x in args[0].strip("{}").split(",")], args[2]
+        assert len(d) == n // 2 and args[4:6] == ["1", "1"]
+        trans = [int(x) for x in args[6:]]
+        out = np.stack([frame.read(x, "f32", self) for x in d])
+        scale = frame.read(args[3], "pred", self)
+        i, t = np.arange(n // 2)[:, None], np.arange(128)
+        row, col = 16 * (t >> 5) + (t >> 2 & 7) + 8 * (i >> 1 & 1), 8 * (i >> 2) + 2 * (t & 3) + (i & 1)
+        for g in range(0, self.n, 128):
+            if not frame.mask[g]:
+                continue
+            if args[1].startswith("{"):
+                words = np.stack([frame.read(x.strip(), "b32", self)[g : g + 128] for x in args[1].strip("{}").split(",")])
+                A = np.zeros((64, 16), np.float32)
+                r = np.arange(4)[:, None]
+                for h in range(2):
+                    A[16 * (t >> 5) + (t >> 2 & 7) + 8 * (r & 1), 2 * (t & 3) + h + 8 * (r >> 1)] = self.widen((words >> np.uint32(16 * h)).astype(np.uint16), op[6])
+            else:
+                A = self.operand(frame, args[1], g, 64, trans[0], op[6])
+            B = self.operand(frame, b, g, n, trans[-1], op[6])
+            D = A.astype(np.float64) @ B.T.astype(np.float64)
+            assert (scale[g : g + 128] == scale[g]).all()
+            if scale[g]:
+                C = np.zeros((64, n))
+                C[row, col] = out[:, g : g + 128]
+                D += C
+            out[:, g : g + 128] = D[row, col]
+        for name, x in zip(d, out):
+            frame.write(name, x, "f32")
+
+    @staticmethod
+    def widen(x, kind):
+        return (x.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else x.view(np.float16).astype(np.float32)
+
+    def operand(self, frame, name, group, rows, trans, kind):
+        """(rows, 16) of a tile with a swizzle of 128 bytes."""
+        descriptors = frame.read(name, "u64", self)[group : group + 128]
+        x = int(descriptors[0])
+        assert (descriptors == descriptors[0]).all() and x >> 62 == 1 and not x >> 49 & 7
+        start, lead, stride = (x & 0x3FFF) << 4, (x >> 16 & 0x3FFF) << 4, (x >> 32 & 0x3FFF) << 4
+        mn, k = np.arange(rows)[:, None], np.arange(16)
+        if trans:
+            at = start + mn // 64 * lead + mn % 64 * 2 + (k & 7) * 128 + (k >> 3) * stride
+        else:
+            at = start + (mn >> 3) * stride + (mn & 7) * 128 + 2 * k
+        at = (at ^ (at >> 3 & 0x70)).ravel()
+        return self.widen(np.ascontiguousarray(self.load("shared", at, 2)).view(np.uint16)[:, 0], kind).reshape(rows, 16)
+
     # ---- arithmetic ----------------------------------------------------------------------------------------------------
 
     def _binary(fn):  # noqa: N805
@@ -324,9 +505,18 @@ class Block:
 
         return op
 
-    op_add, op_sub = _binary(np.add), _binary(np.subtract)
+    op_sub = _binary(np.subtract)
     op_and, op_or, op_xor = _binary(np.bitwise_and), _binary(np.bitwise_or), _binary(np.bitwise_xor)
     op_min, op_max = _binary(np.fmin), _binary(np.fmax)
+
+    def op_add(self, frame, op, args):
+        kind = op[-1]
+        a, b = (frame.read(x, kind, self) for x in args[1:3])
+        if "rz" not in op:
+            return frame.write(args[0], a + b, kind)
+        exact = a.astype(np.float64) + b
+        near = exact.astype(np.float32)
+        frame.write(args[0], np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near), kind)
 
     def op_mul(self, frame, op, args):
         kind = op[-1]
@@ -432,7 +622,10 @@ class Block:
         frame.write(args[0], frame.read(args[1], op[-1], self), op[-1])
 
     def op_cvta(self, frame, op, args):
-        frame.write(args[0], frame.read(args[1], "u64", self), "u64")
+        x = frame.read(args[1], "u64", self)
+        if op[1] == "param":  # an offset into the kernel's arguments becomes the place where they lie
+            x = x + np.uint64(frame.params[frame.f.params[0]].ctypes.data)
+        frame.write(args[0], x, "u64")
 
     def op_cvt(self, frame, op, args):
         kinds = [x for x in op if x in TYPES or x in ("bf16", "bf16x2", "f16x2")]
@@ -513,6 +706,8 @@ class Frame:
             value = value.astype(bool)
         else:
             value = np.ascontiguousarray(value.astype(TYPES[kind], copy=False))
+            if value.dtype.kind == "i" and value.dtype.itemsize < r.dtype.itemsize:
+                value = value.astype(np.dtype(f"i{r.dtype.itemsize}"))
             value = value.view(np.dtype(f"u{value.dtype.itemsize}"))
             if value.dtype.itemsize != r.dtype.itemsize:
                 value = value.astype(np.dtype(f"u{r.dtype.itemsize}"))

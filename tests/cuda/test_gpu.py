@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 
+import conformance_sm90
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,14 @@ def test_conformance(name, gpu_conformance):
 @pytest.mark.parametrize("name,dtype", [("mma_bf16", torch.bfloat16), ("mma_f16", torch.float16)])
 def test_conformance_mma(name, dtype, gpu_conformance):
     CONFORMANCE.test_mma(gpu_conformance, np.random.default_rng(5), name, dtype)
+
+
+# The instructions are those of compute capability 9.0 alone, not of what came later.
+@pytest.mark.parametrize("name", conformance_sm90.CHECKS)
+def test_conformance_sm90(name, gpu_conformance):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    conformance_sm90.check(name, gpu_conformance.conformance, np.random.default_rng(5))
 
 
 def call(seed=0, n=300):

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 
+import conformance_sm90
 import numpy as np
 import ptx_runner
 import pytest
@@ -46,10 +47,36 @@ template __global__ void fastpe::cuda::landmark_fwd_kernel<Bf16, 64>(const __gri
 """
 LANDMARK = ("landmark_plan", "landmark_tile", "landmark_fwd")
 COPE = ("cope_table", "cope_table_grad", "cope_fwd", "cope_bwd_q", "cope_bwd_kv")
+BACKWARD = """
+#include "cuda/sm80/attn_bwd_terms.cuh"
+using namespace fastpe::cuda;
+template __global__ void fastpe::cuda::delta_kernel<Bf16>(const __grid_constant__ BwdArgs);
+template __global__ void fastpe::cuda::attn_bwd_q_kernel<Bf16, 64, Kind::rel>(const __grid_constant__ BwdArgs);
+template __global__ void fastpe::cuda::attn_bwd_kv_kernel<Bf16, 64, Kind::rel, true, true>(const __grid_constant__ BwdArgs);
+template __global__ void fastpe::cuda::attn_bwd_terms_kernel<Bf16, 64>(const __grid_constant__ TermsArgs);
+"""
+SM90 = """
+#include "emu/planted_sm90.h"
+using namespace fastpe::cuda;
+const void* kernels[64];
+void collect() {
+  int i = 0;
+  conformance::for_each_sm90([&](const char*, auto kernel, auto&&...) { kernels[i++] = (const void*)kernel; });
+  kernels[i++] = (const void*)&fastpe::planted_sm90::product_kernel<0>;
+}
+"""
 # Name of a launch: what its mangled name contains.
 ENTRIES = {
     **{n: [f"{n}_kernel"] for n in ("ldmatrix", "shuffle", "cp_async", "convert", "barrier", "exp", "envelope", *COPE, *LANDMARK)},
     "mma_bf16": ["mma_kernel", "Bf16"], "mma_f16": ["mma_kernel", "F16"], "keys": ["keys_kernel"],
+}  # fmt: skip
+ENTRIES_SM90 = {
+    **{n: [n + "_kernel"] for n in ("mbarrier", "bulk_load", "wgmma_groups")}, "product_sm90": ["product_kernel"],
+    **{n: [n[: n.index("_2d" if "_2d" in n else "_3d")] + "_kernel"] for n in conformance_sm90.CHECKS if n.startswith("tma")},
+    # Type, columns, a in registers, a and b MN-major, C ignored.
+    "wgmma_bf16": ["4Bf16ELi64ELb0ELb0ELb0ELb0E"], "wgmma_f16": ["3F16ELi64ELb0ELb0ELb0ELb1E"], "wgmma_n96_bf16": ["4Bf16ELi96E"],
+    "wgmma_n128_f16": ["3F16ELi128E"], "wgmma_trans_bf16": ["4Bf16ELi64ELb0ELb1ELb1E"], "wgmma_trans_a_f16": ["3F16ELi64ELb0ELb1ELb0E"],
+    "wgmma_rs_bf16": ["4Bf16ELi64ELb1E"], "wgmma_rs_trans_f16": ["3F16ELi256E"],
 }  # fmt: skip
 
 
@@ -74,14 +101,22 @@ def functions(text):
     return ptx_runner.parse(text)
 
 
+@pytest.fixture(scope="module")
+def backward_text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ptx_backward")
+    nvcc(folder, BACKWARD, "-arch=compute_80", "-ptx", "-o", "kernels.ptx")
+    return (folder / "kernels.ptx").read_text()
+
+
+def entry_of(functions, parts):
+    (found,) = [n for n in functions if all(p in n for p in parts)]
+    return found
+
+
 @pytest.fixture
 def ptx(emu, functions):
     """Launches run the PTX; says which did."""
     ran = []
-
-    def entry(parts):
-        (found,) = [n for n in functions if all(p in n for p in parts)]
-        return found
 
     def run(kernel, blocks, threads, shared, arguments):
         parts = ENTRIES.get(kernel)
@@ -89,7 +124,7 @@ def ptx(emu, functions):
             parts = ["attn_fwd_kernel", run.kind]
         if parts is None:
             return False
-        ptx_runner.launch(functions, entry(parts), arguments, blocks, threads, shared)
+        ptx_runner.launch(functions, entry_of(functions, parts), arguments, blocks, threads, shared)
         ran.append(kernel)
         return True
 
@@ -119,6 +154,49 @@ def test_conformance(name, emu, ptx):
 def test_conformance_mma(name, dtype, emu, ptx):
     CONFORMANCE.test_mma(emu, np.random.default_rng(5), name, dtype)
     assert ptx.ran == [name]
+
+
+@pytest.fixture(scope="module")
+def sm90(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ptx_sm90")
+    nvcc(folder, SM90, f"-I{ROOT / 'tests'}", "-arch=compute_90a", "-ptx", "-o", "kernels.ptx")
+    return (folder / "kernels.ptx").read_text()
+
+
+def conformance_sm90_by_ptx(name, text, emu):
+    functions, ran = ptx_runner.parse(text), []
+
+    def run(kernel, blocks, threads, shared, arguments):
+        ptx_runner.launch(functions, entry_of(functions, ENTRIES_SM90[kernel]), arguments, blocks, threads, shared)
+        ran.append(kernel)
+        return True
+
+    emu.set_runner(run)
+    try:
+        conformance_sm90.check(name, emu.conformance, np.random.default_rng(5))
+    finally:
+        emu.set_runner(None)
+    assert ran == [name]
+
+
+@pytest.mark.parametrize("name", conformance_sm90.CHECKS)
+def test_conformance_sm90(name, sm90, emu):
+    conformance_sm90_by_ptx(name, sm90, emu)
+
+
+@pytest.mark.parametrize(
+    "name,pattern,replacement",
+    [
+        ("wgmma_trans_bf16", r"(wgmma\.mma_async.*1, 1, )1, 1;", r"\g<1>0, 1;"),
+        ("tma_load_2d", r"(\[%rd\d+, )\{(%r\d+), (%r\d+)\}", r"\1{\3, \2}"),
+        ("product_sm90", r"(mbarrier\.arrive\.expect_tx.*), (16384|%r\d+);", r"\1, 8192;"),
+    ],
+)
+def test_mistakes_in_the_assembly_of_sm90_are_caught(name, pattern, replacement, sm90, emu):
+    wrong, found = re.subn(pattern, replacement, sm90)
+    assert found
+    with pytest.raises((AssertionError, RuntimeError)):
+        conformance_sm90_by_ptx(name, wrong, emu)
 
 
 def test_swapped_operands_are_caught(emu, text, functions, ptx):
@@ -191,3 +269,59 @@ def test_landmark(ptx, on_emulator, emu):
             want, want_lse = fastpe.landmark_attention(q, k, v, is_landmark, **call)
     assert error(lse, want_lse) <= 1e-5
     assert error(out, want) <= 2.0**-8
+
+
+# Whether the two passes are of the kind that is compiled here, rel; the sums of terms and delta are of every kind.
+BACKWARD_CASES = {
+    "alibi": (Case(B=1, H=2, Hk=1, Nq=20, Nk=70, D=40, Dv=64, bias="alibi", causal=True, rope="half", lse_gradient=True, seed=1), True),
+    "cable": (Case(B=1, H=1, Hk=1, Nq=66, Nk=70, D=64, Dv=64, bias="cable", mask="everything", seed=2), True),
+    "table": (Case(B=1, H=1, Hk=1, Nq=9, Nk=70, D=64, Dv=24, bias="t5", score=("sink", "softcap"), storage="padded", seed=3), False),
+}
+
+
+def gradients_by_ptx(case, kernels, text, emu, on_emulator):
+    functions, ran = ptx_runner.parse(text), set()
+
+    def run(kernel, blocks, threads, shared, arguments):
+        if kernel not in kernels:
+            return False
+        ptx_runner.launch(functions, entry_of(functions, [kernel + "_kernel"]), arguments, blocks, threads, shared)
+        ran.add(kernel)
+        return True
+
+    emu.set_runner(run)
+    try:
+        with on_emulator():
+            _, _, got = build(case, torch.bfloat16)(fastpe.attention)
+    finally:
+        emu.set_runner(None)
+    assert ran == kernels
+    return got
+
+
+def compare_gradients(got, case, on_emulator):
+    with on_emulator():
+        _, _, want = build(case, torch.bfloat16)(fastpe.attention)
+    assert got.keys() == want.keys()
+    for leaf, x in want.items():
+        if x is not None:
+            # As for the forward pass; dS is rounded to bf16 on the way, and a float32 sum takes up its last bits.
+            assert error(got[leaf], x) <= 2.0**-7, leaf
+
+
+@pytest.mark.parametrize("name", BACKWARD_CASES)
+def test_backward(name, backward_text, on_emulator, emu):
+    case, passes = BACKWARD_CASES[name]
+    kernels = {"delta"} | ({"attn_bwd_q", "attn_bwd_kv"} if passes else {"attn_bwd_terms"})
+    compare_gradients(gradients_by_ptx(case, kernels, backward_text, emu, on_emulator), case, on_emulator)
+
+
+@pytest.mark.parametrize("kernel,name", [("attn_bwd_q", "alibi"), ("attn_bwd_kv", "alibi"), ("attn_bwd_terms", "table"), ("delta", "alibi")])
+def test_mistakes_in_the_assembly_of_the_backward_pass_are_caught(kernel, name, backward_text, on_emulator, emu):
+    # Exponentials to another base: everything depends on them but delta, which is a sum over lanes.
+    pattern, wrong = (r"shfl\.sync\.bfly", "shfl.sync.up") if kernel == "delta" else (r"ex2\.approx\.ftz\.f32", "rcp.approx.ftz.f32")
+    text, found = re.subn(pattern, wrong, backward_text)
+    assert found
+    case, _ = BACKWARD_CASES[name]
+    with pytest.raises(AssertionError):
+        compare_gradients(gradients_by_ptx(case, {kernel}, text, emu, on_emulator), case, on_emulator)

@@ -68,3 +68,19 @@ def test_every_instance_file_compiles_for_the_other_compiler(tmp_path):
         command += ["-Werror", "cross-execution-space-call", "-c", "-o", str(tmp_path / "x.o"), str(ROOT / "csrc" / "cuda" / name)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_instructions_of_sm90(tmp_path):
+    """The product on mbarriers, bulk copies and wgmma: nothing serialised or ignored by the assembler, no spills."""
+    file = tmp_path / "product.cu"
+    file.write_text('#include "emu/planted_sm90.h"\ntemplate __global__ void fastpe::planted_sm90::product_kernel<0>(const __grid_constant__ fastpe::cuda::conformance::Sm90Args);\n')
+    command = [NVCC, "-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-cubin", "-Xptxas", "-v"]
+    done = subprocess.run([*command, "-gencode=arch=compute_90a,code=sm_90a", "-o", str(tmp_path / "90a.cubin"), str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"product_kernel.*?\D0 bytes spill stores", done.stderr, re.S), done.stderr
+    # C7508: setmaxnreg ignored; C7510 and its neighbours: wgmma serialised.
+    assert not re.search(r"C75\d\d|serializ|ignored", done.stderr), done.stderr
+    text = sass(tmp_path / "90a.cubin")
+    if text is not None:
+        for instruction in ("HGMMA.64x64x16.F32.BF16", "UTMALDG.2D", "UTMASTG.2D", "SYNCS.PHASECHK", "USETMAXREG", "WARPGROUP.ARRIVE"):
+            assert instruction in text, f"no {instruction} in the machine code"

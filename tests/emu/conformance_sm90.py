@@ -72,6 +72,13 @@ def wgmma(run, rng, name, n, dtype, fresh):
     np.testing.assert_array_equal(got.view(np.float32).reshape(64, n), a @ b + (0 if fresh else c))
 
 
+def wgmma_groups(run, rng, name):
+    a, b = rng.integers(-8, 9, (64, 64)), rng.integers(-8, 9, (64, 64))
+    got = run(name, np.concatenate([bits(half_bits(x, torch.bfloat16)) for x in (a, b)])).view(np.float32).reshape(3, 64, 64)
+    part = [a[:, k : k + 16] @ b[:, k : k + 16].T for k in (0, 16, 32)]
+    np.testing.assert_array_equal(got, np.stack([part[0], part[1], part[0] + part[2]]))
+
+
 def product_inputs(rng):
     """Words of A (60,264) and B (56,264), and their product, whose sums are exact in bf16."""
     a, b = rng.integers(-1, 2, (60, 264)), rng.integers(-1, 2, (56, 264))
@@ -106,7 +113,7 @@ _PRODUCTS = {
 
 
 CHECKS = {
-    "mbarrier": mbarrier, "bulk_load": bulk_load, "product_sm90": product,
+    "mbarrier": mbarrier, "bulk_load": bulk_load, "product_sm90": product, "wgmma_groups": wgmma_groups,
     **{name: functools.partial(tma_load if "load" in name else tma_store, rank=r, element=e, swizzle=s, box=b, at=at) for name, (r, e, s, b, at) in _COPIES.items()},
     **{name: functools.partial(wgmma, n=n, dtype=dtype, fresh=fresh) for name, (n, dtype, fresh) in _PRODUCTS.items()},
 }  # fmt: skip

@@ -41,6 +41,7 @@ enum Bug {
   kStoreOnMbarrier,
   kUnwaitedLoad,
   kNoDescriptorSwizzle,
+  kOneGroupTooFew,
   kBugs,
 };
 
@@ -111,7 +112,7 @@ FASTPE_KERNEL(256, 1) product_kernel(const FASTPE_GRID_CONSTANT conformance::Sm9
     if (kBug == kReleaseBeforeWait && lane == 0) mbarrier_arrive(empty(s));
     if (kBug == kAccumulatorInFlight) d[5] = 1;
     if (kBug == kReadInFlight) seen += d[0];
-    if (kBug != kNoWgmmaWait) wgmma_wait<0>();
+    if (kBug != kNoWgmmaWait) wgmma_wait<kBug == kOneGroupTooFew>();
     wgmma_registers(d);
     if (kBug != kReleaseBeforeWait && lane == 0) mbarrier_arrive(empty(s));
   }

@@ -114,6 +114,7 @@ BUGS_SM90 = {
     26: "belongs to the mbarrier",  # ordinary store on it
     27: "nobody waited for the bulk copy",
     28: "is not of a 128-byte swizzle",
+    29: "race on shared byte|before the bulk copy|without waiting for its wgmma",  # a group fewer waited for
 }
 
 
