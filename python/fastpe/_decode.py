@@ -52,7 +52,7 @@ def run(
     if they are known."""
     if isinstance(bias, Contextual):
         raise NotImplementedError(f"{where}: bias {type(bias).__name__} reads every earlier key; use fastpe.attention")
-    _check_kernels(query.device.type, query.dtype, where, "a list of keys")
+    _check_kernels(query.device.type, query.dtype, where, "pages or lists of keys")
     b = _op_bias(call, bias) if b is None else b
     if not takes(b):
         raise NotImplementedError(

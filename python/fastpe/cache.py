@@ -563,7 +563,8 @@ class KVCache:
         b = None if bias is None or isinstance(bias, Contextual) else bias.op_args(call)
         tensors = (query, *score.values(), *(() if b is None else vars(b).values()))
         learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-        if paged or (query.device.type in ("cpu", "cuda") and Nq <= _FEW and not learns and (b is None or takes(b))):
+        has_kernel = query.device.type == "cpu" or (query.device.type == "cuda" and query.dtype != torch.float32)
+        if paged or (has_kernel and Nq <= _FEW and not learns and (b is None or takes(b))):
             plan = _plan(TurnedCall(**vars(call)), region, self.rope, bias, None, None)
             rotation = _region_rotation(call, self.rope, region, plan, D, Hk)
             return run(
