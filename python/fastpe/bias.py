@@ -1552,7 +1552,9 @@ class _Product(_Indexed):
         call.fits(self._where, "table", e.shape[:1], ("heads", call.H))
         x, e = call.aux(self._where, "vectors", x), call.aux(self._where, "table", e)
         # Gradients come for every head; torch sums those of a broadcast axis.
-        return _last_contiguous(x.expand(call.B, call.H, *x.shape[2:])), (e if e.stride(2) == 1 else e.contiguous())
+        # A stride of 0 tells the kernels that all heads share a table of one.
+        own = e.stride(2) == 1 and (e.shape[0] == 1 or e.stride(0) != 0)
+        return _last_contiguous(x.expand(call.B, call.H, *x.shape[2:])), (e if own else e.contiguous())
 
     def _terms(self, call: Call) -> Tensor:
         x, e = self._operands(call)

@@ -154,6 +154,14 @@ def test_splits_of_the_keys(Nq, Nk, bias, mask, score, on_kernels, emu, on_emula
     assert emu.counters()["blocks"] > 2 * 2 * case.B * case.H
 
 
+def test_nan_comes_through_a_split_that_sees_nothing_else(on_kernels):
+    q, k, v = (torch.randn(1, 1, n, 16, dtype=torch.bfloat16) for n in (12, 1024, 1024))
+    k[:, :, 512:] = torch.nan
+    with torch.no_grad(), on_kernels():
+        out, lse = fastpe.attention(q, k, v, return_lse=True)
+    assert out.isnan().all() and lse.isnan().all()
+
+
 def test_splits_keep_the_residual(on_emulator):
     run = build(dataclasses.replace(SMALL, Nq=2, Nk=600), torch.bfloat16)
     q, k, v = run.qkv

@@ -135,3 +135,15 @@ def test_table_that_must_hold_every_distance():
     torch.testing.assert_close(attend(whole), attend(bias.RelativeTable(whole.table)))
     torch.testing.assert_close(attend(whole, attention=fastpe.reference.attention), attend(whole))
     assert attend(bias.RelativeTable(torch.randn(2, 70, dtype=torch.float64), True, clamp=False), is_causal=True).shape
+
+
+@pytest.mark.parametrize("product", [bias.RowProduct, bias.ColProduct])
+def test_a_table_expanded_over_the_heads_has_a_gradient_for_each(product):
+    q, k, v = (torch.randn(2, 4, 40, 16, dtype=torch.float64) for _ in range(3))
+    table = torch.randn(1, 9, 16, dtype=torch.float64).expand(4, 9, 16)
+    gradients = []
+    for x in (table.detach(), table.clone()):
+        x.requires_grad_()
+        out = fastpe.attention(q, k, v, bias=product(q if product is bias.RowProduct else k, x), is_causal=True)
+        gradients.append(torch.autograd.grad(out.square().sum(), x)[0])
+    torch.testing.assert_close(*gradients)

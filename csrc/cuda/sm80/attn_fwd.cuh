@@ -421,8 +421,8 @@ FASTPE_KERNEL(128, 1) attn_join_kernel(const FASTPE_GRID_CONSTANT FwdArgs a) {
   const float sink = p.sink.p ? *aux_at<float>(p.sink, 0, h) * float(kLog2e) : -kInf;
   top = max(sink, top);
   const float safe = top == -kInf ? 0.f : top;
-  // Weight of a split that saw nothing: 0, whatever its sums.
-  const float w = m == -kInf ? 0.f : ex2_approx(m - safe);
+  // Weight of a split that saw nothing: 0, whatever its sums; of one that saw NaN alone, which no maximum keeps: NaN.
+  const float w = m == -kInf ? (lane < a.splits && ml[1] != ml[1] ? ml[1] : 0.f) : ex2_approx(m - safe);
   float l = w == 0 ? 0.f : w * ml[1];
   FASTPE_UNROLL
   for (uint32_t s = 1; s < 32; s *= 2) l += shfl_xor(l, s);
