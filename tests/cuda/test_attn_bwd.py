@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe import reference
@@ -66,9 +67,6 @@ def test_lengths(Nq, Nk, causal, on_kernels):
 @pytest.mark.parametrize("storage", ["bnhd", "padded", "expanded"])
 def test_storage(storage, on_emulator):
     compare(dataclasses.replace(SMALL, B=2, H=4, Hk=2, Nq=66, Nk=66, storage=storage, rope="half", seed=7), torch.bfloat16, on_emulator)
-
-
-SCHEDULES = [{}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
 
 
 @pytest.mark.parametrize("changes", [

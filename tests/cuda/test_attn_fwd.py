@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe import reference
@@ -87,9 +88,6 @@ def test_every_bias_and_mask_without_keys_goes_with_more_queries_than_keys(on_em
         assert bias not in NEEDS_KEYS
         compare(dataclasses.replace(SMALL, Nq=150, Nk=70, bias=bias, mask="window_both", seed=8), torch.float16, on_emulator)
     assert "ids" not in NEEDS_KEYS_MASK
-
-
-SCHEDULES = [{"schedule": "fifo"}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
 
 
 @pytest.mark.parametrize("D", [64, 96])

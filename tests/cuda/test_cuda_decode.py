@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe import reference
@@ -19,9 +20,6 @@ SMALL = Case(B=2, H=4, Hk=2, Nq=3, Nk=150, D=16, Dv=16)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of the largest entry, where there is no eager torch to compare with: tests/python/test_decode.py.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
-SCHEDULES = [{"schedule": "fifo"}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
-
-
 def compare(case, dtype, on_kernels, **options):
     run = build(case, dtype)
     with torch.no_grad():

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe.testing import compare
@@ -103,9 +104,6 @@ def test_splits(case, on_kernels, emu, on_emulator):
     with torch.no_grad(), on_emulator():
         fastpe.landmark_attention(*CPU.inputs(case, torch.bfloat16), case.landmarks(), **case.kwargs())
     assert emu.counters()["blocks"] > 2 * 2 * case.B * case.H
-
-
-SCHEDULES = [{}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
 
 
 @pytest.mark.parametrize("D", [16, 136])

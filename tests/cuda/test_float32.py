@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe import reference
@@ -83,9 +84,6 @@ def test_large_scores_keep_their_bits(on_kernels):
             got = run(fastpe.attention, backward=False)
     # A few roundings of a score of this size to float32.
     close("lse", got[1], want[1], 8 * 2.0**-24)
-
-
-SCHEDULES = [{}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
 
 
 def test_every_schedule_gives_the_same_bits(on_emulator):

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe import bias as biases
@@ -109,9 +110,6 @@ def test_rows_without_keys(on_kernels):
     case = dataclasses.replace(SMALL, Nq=100, Nk=30, causal=True, seed=5)
     out, lse, grads = compare(case, Tables(8), BF16, on_kernels)
     assert (out[:, :, :70] == 0).all() and torch.isneginf(lse[:, :, :70]).all() and (grads["row_x"][:, :, :70] == 0).all()
-
-
-SCHEDULES = [{}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
 
 
 @pytest.mark.parametrize("changes", [{"mask": "everything", "B": 2, "H": 1}, {"D": 136, "Dv": 136, "Nq": 40, "region": "dual_chunk", "causal": True, "H": 1}], ids=["masked", "wide"])

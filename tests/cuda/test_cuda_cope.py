@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe import bias
@@ -98,9 +99,6 @@ def arguments(call):
         patch.setattr(torch.ops.fastpe, "cope_fwd", lambda *args: caught.append(args) or real(*args))
         call()
     return tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in caught[0])
-
-
-SCHEDULES = [{}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"}]
 
 
 @pytest.mark.parametrize("case", [
