@@ -146,11 +146,12 @@ def _timed(calls: dict, wanted: frozenset[str]) -> dict:
 
 def _cost_of_positions(name: str):
     def build(case: Case, wanted: frozenset[str]) -> Work:
-        s, (q, k, v) = case.shape, _tensors(case)
-        region = POSITIONS[name]
-        rope = fastpe.rope.default(s.D)
-        cache = fastpe.KVCache(s.B, s.Hk, s.D, capacity=s.Nk, rope=rope, region=region, rotated=True, dtype=q.dtype, device=q.device)
-        plain = fastpe.KVCache(s.B, s.Hk, s.D, capacity=s.Nk, dtype=q.dtype, device=q.device)
+        s, region, rope = case.shape, POSITIONS[name], fastpe.rope.default(case.shape.D)
+        # First, in memory that nothing has used yet: pages once handed out stay as small as they were.
+        room = dict(capacity=s.Nk, dtype=case.torch_dtype, device=case.device)
+        cache = fastpe.KVCache(s.B, s.Hk, s.D, rope=rope, region=region, rotated=True, **room)
+        plain = fastpe.KVCache(s.B, s.Hk, s.D, **room)
+        q, k, v = _tensors(case)
         for held in (cache, plain):
             held.append(k, v)
         calls = {
@@ -195,7 +196,7 @@ def decode_cable(case: Case, wanted: frozenset[str]) -> Work:
 def decode_list(case: Case, wanted: frozenset[str]) -> Work:
     s = case.shape
     n = s.Nk // 16
-    # First, in memory that nothing has used yet: pages once handed out stay as small as they were.
+    # First, as above.
     cache, picked = (fastpe.KVCache(s.B, s.Hk, s.D, capacity=x, dtype=case.torch_dtype, device=case.device) for x in (s.Nk, n))
     q, k, v = _tensors(case)
     g = torch.Generator().manual_seed(1)
