@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "args.h"
+#include "backward.h"
 
 namespace fastpe::binding {
 
@@ -22,36 +23,7 @@ AttnGrads attn_bwd_on(
   AttnParams& p = b.fwd;
   const Call c{op, q};
   const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
-
-  const auto result = [&](const char* name, const Tensor& t) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, type);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
-  };
-  const auto row = [&](const char* name, const Tensor& t) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, aux);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}});
-  };
-  result("dout", dout);
-  result("out", out);
-  row("lse", lse);
-  // Autograd hands over gradients in any layout, expanded ones among them. Copies live until `run` has returned; on a GPU the
-  // allocator keeps them until the stream has used them.
-  const Tensor d_o = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout), lse_c = torch::stable::contiguous(lse);
-  b.d_o = read_view(c, "dout", d_o);
-  p.o = read_view(c, "out", out);
-  p.lse = read_ptr(lse_c);
-  if (residual) {
-    result("residual", *residual);
-    p.residual = read_view(c, "residual", *residual);
-  }
-  OptTensor dlse_c;
-  if (dlse) {
-    row("dlse", *dlse);
-    dlse_c = torch::stable::contiguous(*dlse);
-    b.dlse = dlse_c->const_data_ptr();
-  }
+  const BackwardInputs inputs(c, p, b, dout, dlse, out, lse, residual);
   b.needs = needs;
   const auto like = [&](Needs bit, const Tensor& x, View& g) {
     if (!(needs & bit)) return none(q, type);

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "args.h"
+#include "backward.h"
 #include "core/tiles.h"
 
 // What the schemas of cope_fwd and cope_bwd have in common.
@@ -107,34 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cope_bwd_on(
   AttnParams& p = b.fwd.attn;
   const Call c{op, q};
   const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
-  const auto like_out = [&](const char* name, const Tensor& t) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, type);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
-  };
-  like_out("dout", dout);
-  like_out("out", out);
-  // Autograd hands over gradients in any layout, expanded ones among them.
-  const Tensor d_o = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);
-  b.d_o = read_view(c, "dout", d_o);
-  p.o = read_view(c, "out", out);
-  if (residual) {
-    like_out("residual", *residual);
-    p.residual = read_view(c, "residual", *residual);
-  }
-  const auto per_row = [&](const char* name, const Tensor& t) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, aux);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}});
-    return torch::stable::contiguous(t);
-  };
-  const Tensor lse_c = per_row("lse", lse);
-  p.lse = read_ptr(lse_c);
-  OptTensor dlse_c;
-  if (dlse) {
-    dlse_c = per_row("dlse", *dlse);
-    b.dlse = dlse_c->const_data_ptr();
-  }
+  const BackwardInputs inputs(c, p, b, dout, dlse, out, lse, residual);
   check_device(c, "carry", carry);
   check_dtype(c, "carry", carry, aux);
   check_shape(c, "carry", carry, {{p.B}, {p.H}, {cope_blocks(p.Nq, tiles::kBlockQ)}, {cope_blocks(p.Nk, kCopeBlockK)}, {2}, {tiles::kBlockQ}});

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "args.h"
+#include "backward.h"
 
 namespace fastpe::binding {
 
@@ -59,31 +60,10 @@ std::tuple<Tensor, Tensor, Tensor> landmark_bwd_on(
   b.fwd = read_landmark(op, q, k, v, FASTPE_LANDMARK_VALUES);
   AttnParams& p = b.fwd.attn;
   const Call c{op, q};
-  const ScalarType type = q.scalar_type(), aux = aux_type(p.dtype);
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dout", dout}, {"out", out}}) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, type);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}, {p.Dv}});
-  }
-  const Tensor d_o = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);
-  b.d_o = read_view(c, "dout", d_o);
-  p.o = read_view(c, "out", out);
-  const auto per_row = [&](const char* name, const Tensor& t) {
-    check_device(c, name, t);
-    check_dtype(c, name, t, aux);
-    check_shape(c, name, t, {{p.B}, {p.H}, {p.Nq}});
-    return torch::stable::contiguous(t);
-  };
-  const Tensor lse_c = per_row("lse", lse);
-  p.lse = read_ptr(lse_c);
-  OptTensor dlse_c;
-  if (dlse) {
-    dlse_c = per_row("dlse", *dlse);
-    b.dlse = dlse_c->const_data_ptr();
-  }
+  const BackwardInputs inputs(c, p, b, dout, dlse, out, lse);
   b.needs = needs;
   const auto grad = [&](Needs bit, const Tensor& x, View& g) {
-    if (!(needs & bit)) return none(q, type);
+    if (!(needs & bit)) return none(q, q.scalar_type());
     Tensor t = empty_in_order(x, x.size(0), x.size(1), x.size(2), x.size(3));
     g = view(t, t.mutable_data_ptr());
     return t;

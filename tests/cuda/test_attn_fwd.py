@@ -6,32 +6,19 @@ import dataclasses
 
 import pytest
 import torch
+from agree import compare_forward as compare
 from emulated import SCHEDULES
 
 import fastpe
-from fastpe import reference
 from fastpe.ops import _ARGS, _PLAIN
 from fastpe.testing.cases import BIASES, LONG_BIASES, LONG_MASKS, MASKS, NEEDS_KEYS, NEEDS_KEYS_MASK, ROPES, SCORE, STORAGE, Case, build
-from fastpe.testing.compare import close_half, eager_attention, error
+from fastpe.testing.compare import error
 
 # attn_fwd's arguments after q, k and v, of a call without any extras.
 PLAIN = [{"scale": 0.25, "block_q": 1, "block_k": 1, "softcap_bias": False}.get(n, 0 if n in _PLAIN else None) for n in _ARGS[3:-1]]
 # Three key tiles, the last one ragged.
 SMALL = Case(B=1, H=1, Hk=1, Nq=70, Nk=150, D=16, Dv=16)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def compare(case, dtype, on_kernels, **options):
-    run = build(case, dtype)
-    with torch.no_grad():
-        want, want_lse, _ = build(case, dtype, wide=True)(reference.attention, backward=False)
-        torchs, torchs_lse, _ = build(case, dtype)(eager_attention, backward=False)
-        with on_kernels(**options):
-            out, lse, _ = run(fastpe.attention, backward=False)
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    close_half("out", out, want, torchs, dtype=dtype)
-    close_half("lse", lse, want_lse, torchs_lse, floor=1.0, dtype=dtype)
-    return out, lse
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])

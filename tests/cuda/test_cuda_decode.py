@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from agree import compare_forward as compare
 from emulated import SCHEDULES
 
 import fastpe
@@ -20,17 +21,6 @@ SMALL = Case(B=2, H=4, Hk=2, Nq=3, Nk=150, D=16, Dv=16)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of the largest entry, where there is no eager torch to compare with: tests/python/test_decode.py.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
-def compare(case, dtype, on_kernels, **options):
-    run = build(case, dtype)
-    with torch.no_grad():
-        want, want_lse, _ = build(case, dtype, wide=True)(reference.attention, backward=False)
-        torchs, torchs_lse, _ = build(case, dtype)(eager_attention, backward=False)
-        with on_kernels(**options):
-            out, lse, _ = run(fastpe.attention, backward=False)
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    close_half("out", out, want, torchs, dtype=dtype)
-    close_half("lse", lse, want_lse, torchs_lse, floor=1.0, dtype=dtype)
-    return out, lse
 
 
 def close(got, want, tolerance):

@@ -22,6 +22,7 @@
 
 #include "../strips.cuh"
 #include "../plan.h"
+#include "../softmax.cuh"
 #include "../visible_tile.cuh"
 
 namespace fastpe::cuda {
@@ -285,25 +286,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
     // ---- online softmax ----------------------------------------------------------------------------------------------------------
     FASTPE_UNROLL
     for (int x = 0; x < kRows; ++x) {
-      float top = m[x];
-      FASTPE_UNROLL
-      for (int n = 0; n < kNt; ++n) top = max(max(s[x >> 1][n][2 * (x & 1)], s[x >> 1][n][2 * (x & 1) + 1]), top);
-      top = max(shfl_xor(top, 1), top);
-      top = max(shfl_xor(top, 2), top);
-      // A row that has seen nothing keeps -inf; its masked scores must give 0, not NaN.
-      const float safe = top == -kInf ? 0.f : top;
-      const float alpha = ex2_approx(m[x] - safe);
-      m[x] = top;
-      float sum = 0;
-      FASTPE_UNROLL
-      for (int n = 0; n < kNt; ++n)
-        FASTPE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          float& v = s[x >> 1][n][2 * (x & 1) + e];
-          v = ex2_approx(v - safe);
-          sum += v;
-        }
-      l[x] = l[x] * alpha + sum;
+      const float alpha = online_softmax<kNt>(m[x], l[x], [&](int n, int e) -> float& { return s[x >> 1][n][2 * (x & 1) + e]; });
       FASTPE_UNROLL
       for (int d = 0; d < kDt; ++d) {
         o[x >> 1][d][2 * (x & 1)] *= alpha;
@@ -349,22 +332,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
   }
   float inv[kRows];
   FASTPE_UNROLL
-  for (int x = 0; x < kRows; ++x) {
-    float lse;
-    float top = m[x], weight = 1;
-    if (p.sink.p) {
-      const float sink = *aux_at<float>(p.sink, 0, h) * float(kLog2e);
-      top = max(m[x], sink);
-      if (top > -kInf) {
-        weight = m[x] > -kInf ? ex2_approx(m[x] - top) : 0.f;
-        l[x] = l[x] * weight + ex2_approx(sink - top);
-      }
-    }
-    // l = 0 only where no key was visible; NaN keeps its way.
-    inv[x] = l[x] == 0 ? 0.f : weight / l[x];
-    lse = l[x] == 0 ? -kInf : (top + lg2_approx(l[x])) * float(kLn2);
-    if ((lane_index() & 3) == 0 && row_of(x) < p.Nq) static_cast<float*>(p.lse)[(b * p.H + h) * p.Nq + row_of(x)] = lse;
-  }
+  for (int x = 0; x < kRows; ++x) inv[x] = finish_row(p, b, h, row_of, x, m[x], l[x]);
   if constexpr (kIsF32<T>) {
     FASTPE_UNROLL
     for (int x = 0; x < kRows; ++x)
@@ -376,31 +344,7 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) attn_fwd_kernel(const FASTPE_GRID_CONSTA
           if (row_of(x) < p.Nq && channel < p.Dv) (static_cast<float*>(p.o.p) + b * p.o.sb + h * p.o.sh + row_of(x) * p.o.sn)[channel] = o[0][d][2 * (x & 1) + e] * inv[x];
         }
   } else {
-    // Through the warp's own rows of Q, so that stores to global memory are 16 bytes. A block without key tiles has not met
-    // since its warps loaded Q together.
-    sync_block();
-    constexpr int kPasses = 2;
-    FASTPE_NO_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const View& out = pass == 0 ? p.o : p.residual;
-      if (!out.p) break;
-      FASTPE_UNROLL
-      for (int x = 0; x < kRows; ++x)
-        FASTPE_UNROLL
-        for (int d = 0; d < kDt; ++d) {
-          const float lo = o[x >> 1][d][2 * (x & 1)] * inv[x], hi = o[x >> 1][d][2 * (x & 1) + 1] * inv[x];
-          uint32_t v = T::pack(lo, hi);
-          if (pass == 1) v = T::pack(lo - wide_low<T>(v), hi - wide_high<T>(v));
-          st_shared_b32(sQ + Tile<kD>::at(local_row(x), d) + 4 * (lane_index() & 3), v);
-        }
-      sync_warp();
-      for (uint32_t item = lane_index(); item < 16 * kMt * Tile<kD>::kChunks; item += 32) {
-        const uint32_t row = warp_row + item / Tile<kD>::kChunks, chunk = item % Tile<kD>::kChunks;
-        if (int(row) >= rows || int64_t(chunk * 8) >= p.Dv) continue;
-        *reinterpret_cast<Quad*>(static_cast<uint16_t*>(out.p) + b * out.sb + h * out.sh + (i0 + row) * out.sn + chunk * 8) = ld_shared_v4(sQ + Tile<kD>::at(row, chunk));
-      }
-      sync_warp();
-    }
+    store_rows<T, kD, kMt>(p, sQ, b, h, i0, rows, [&](int x, int d, int e) { return o[x >> 1][d][2 * (x & 1) + e] * inv[x]; });
   }
 }
 

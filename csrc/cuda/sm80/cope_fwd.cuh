@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../cope.cuh"
+#include "../softmax.cuh"
 #include "attn_bwd.cuh"
 
 namespace fastpe::cuda {
@@ -148,24 +149,7 @@ FASTPE_KERNEL(kBwdThreads, 1) cope_fwd_kernel(const FASTPE_GRID_CONSTANT CopeArg
     // ---- online softmax ------------------------------------------------------------------------------------------------------
     FASTPE_UNROLL
     for (int x = 0; x < 2; ++x) {
-      float top = m[x];
-      FASTPE_UNROLL
-      for (int n = 0; n < kNt; ++n) top = max(max(s[n][2 * x], s[n][2 * x + 1]), top);
-      top = max(shfl_xor(top, 1), top);
-      top = max(shfl_xor(top, 2), top);
-      // A row that has seen nothing keeps -inf; its masked scores must give 0, not NaN.
-      const float safe = top == -kInf ? 0.f : top, alpha = ex2_approx(m[x] - safe);
-      m[x] = top;
-      float sum = 0;
-      FASTPE_UNROLL
-      for (int n = 0; n < kNt; ++n)
-        FASTPE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          float& v = s[n][2 * x + e];
-          v = ex2_approx(v - safe);
-          sum += v;
-        }
-      l[x] = l[x] * alpha + sum;
+      const float alpha = online_softmax<kNt>(m[x], l[x], [&](int n, int e) -> float& { return s[n][2 * x + e]; });
       FASTPE_UNROLL
       for (int d = 0; d < kDt; ++d) {
         o[d][2 * x] *= alpha;
@@ -182,44 +166,9 @@ FASTPE_KERNEL(kBwdThreads, 1) cope_fwd_kernel(const FASTPE_GRID_CONSTANT CopeArg
   for (int x = 0; x < 2; ++x) {
     l[x] += shfl_xor(l[x], 1);
     l[x] += shfl_xor(l[x], 2);
-    float top = m[x], weight = 1;
-    if (p.sink.p) {
-      const float sink = *aux_at<float>(p.sink, 0, h) * float(kLog2e);
-      top = max(m[x], sink);
-      if (top > -kInf) {
-        weight = m[x] > -kInf ? ex2_approx(m[x] - top) : 0.f;
-        l[x] = l[x] * weight + ex2_approx(sink - top);
-      }
-    }
-    // l = 0 only where no key was visible; NaN keeps its way.
-    inv[x] = l[x] == 0 ? 0.f : weight / l[x];
-    const float lse = l[x] == 0 ? -kInf : (top + lg2_approx(l[x])) * float(kLn2);
-    if ((lane_index() & 3) == 0 && row_of(x) < p.Nq) static_cast<float*>(p.lse)[(b * p.H + h) * p.Nq + row_of(x)] = lse;
+    inv[x] = finish_row(p, b, h, row_of, x, m[x], l[x]);
   }
-  // Through the warp's own rows of Q, so that stores to global memory are 16 bytes. A block without key tiles has not met
-  // since its warps loaded Q together.
-  sync_block();
-  FASTPE_NO_UNROLL
-  for (int pass = 0; pass < 2; ++pass) {
-    const View& out = pass == 0 ? p.o : p.residual;
-    if (!out.p) break;
-    FASTPE_UNROLL
-    for (int x = 0; x < 2; ++x)
-      FASTPE_UNROLL
-      for (int d = 0; d < kDt; ++d) {
-        const float lo = o[d][2 * x] * inv[x], hi = o[d][2 * x + 1] * inv[x];
-        uint32_t v = T::pack(lo, hi);
-        if (pass == 1) v = T::pack(lo - wide_low<T>(v), hi - wide_high<T>(v));
-        st_shared_b32(sQ + Tile<kD>::at(uint32_t(local_row(x)), uint32_t(d)) + 4 * (lane_index() & 3), v);
-      }
-    sync_warp();
-    for (uint32_t item = lane_index(); item < 16 * Tile<kD>::kChunks; item += 32) {
-      const uint32_t row = warp_index() * 16 + item / Tile<kD>::kChunks, chunk = item % Tile<kD>::kChunks;
-      if (int(row) >= rows || int64_t(chunk * 8) >= p.Dv) continue;
-      *reinterpret_cast<Quad*>(static_cast<uint16_t*>(out.p) + b * out.sb + h * out.sh + (i0 + row) * out.sn + chunk * 8) = ld_shared_v4(sQ + Tile<kD>::at(row, chunk));
-    }
-    sync_warp();
-  }
+  store_rows<T, kD, 1>(p, sQ, b, h, i0, rows, [&](int x, int d, int e) { return o[d][2 * x + e] * inv[x]; });
 }
 
 }  // namespace fastpe::cuda

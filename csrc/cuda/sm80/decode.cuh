@@ -20,6 +20,7 @@
 
 #include "../compose.cuh"
 #include "../plan.h"
+#include "../softmax.cuh"
 #include "../visible_tile.cuh"
 
 namespace fastpe::cuda {
@@ -460,25 +461,7 @@ FASTPE_KERNEL(DecodeTile<kD>::kThreads, DecodeTile<kD>::kBlocks) attn_decode_ker
     // ---- online softmax ----------------------------------------------------------------------------------------------------------------
     FASTPE_UNROLL
     for (int x = 0; x < 2; ++x) {
-      float top = m[x];
-      FASTPE_UNROLL
-      for (int n = 0; n < 2; ++n) top = max(max(s[n][2 * x], s[n][2 * x + 1]), top);
-      top = max(shfl_xor(top, 1), top);
-      top = max(shfl_xor(top, 2), top);
-      // A row that has seen nothing keeps -inf; its masked scores must give 0, not NaN.
-      const float safe = top == -kInf ? 0.f : top;
-      const float alpha = ex2_approx(m[x] - safe);
-      m[x] = top;
-      float sum = 0;
-      FASTPE_UNROLL
-      for (int n = 0; n < 2; ++n)
-        FASTPE_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          float& v = s[n][2 * x + e];
-          v = ex2_approx(v - safe);
-          sum += v;
-        }
-      l[x] = l[x] * alpha + sum;
+      const float alpha = online_softmax<2>(m[x], l[x], [&](int n, int e) -> float& { return s[n][2 * x + e]; });
       FASTPE_UNROLL
       for (int t = 0; t < kDt; ++t) {
         o[t][2 * x] *= alpha;

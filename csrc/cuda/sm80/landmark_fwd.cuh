@@ -221,22 +221,10 @@ FASTPE_KERNEL(FwdTile<kD>::kThreads, 1) landmark_fwd_kernel(const FASTPE_GRID_CO
     }
     return;
   }
-  // Through the warp's own rows of Q. A block without tiles has not met since its warps loaded Q together.
-  sync_block();
+  float inv[2];
   FASTPE_UNROLL
-  for (int x = 0; x < 2; ++x) {
-    // l = 0 only where no key was visible; NaN keeps its way.
-    const float inv = l[x] == 0 ? 0.f : 1.f / l[x];
-    if ((lane_index() & 3) == 0 && row_of(x) < p.Nq) static_cast<float*>(p.lse)[(b * p.H + h) * p.Nq + row_of(x)] = l[x] == 0 ? -kInf : (m[x] + lg2_approx(l[x])) * float(kLn2);
-    FASTPE_UNROLL
-    for (int d = 0; d < kDt; ++d) st_shared_b32(sQ + Tile<kD>::at(local_row(x), uint32_t(d)) + 4 * (lane_index() & 3), T::pack(o[d][2 * x] * inv, o[d][2 * x + 1] * inv));
-  }
-  sync_warp();
-  for (uint32_t item = lane_index(); item < 16 * Tile<kD>::kChunks; item += 32) {
-    const uint32_t row = warp_row + item / Tile<kD>::kChunks, chunk = item % Tile<kD>::kChunks;
-    if (int(row) >= rows || int64_t(chunk * 8) >= p.Dv) continue;
-    *reinterpret_cast<Quad*>(static_cast<uint16_t*>(p.o.p) + b * p.o.sb + h * p.o.sh + (i0 + row) * p.o.sn + chunk * 8) = ld_shared_v4(sQ + Tile<kD>::at(row, chunk));
-  }
+  for (int x = 0; x < 2; ++x) inv[x] = finish_row(p, b, h, row_of, x, m[x], l[x]);
+  store_rows<T, kD, 1>(p, sQ, b, h, i0, rows, [&](int x, int d, int e) { return o[d][2 * x + e] * inv[x]; });
 }
 
 }  // namespace fastpe::cuda
