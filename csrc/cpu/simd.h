@@ -211,7 +211,7 @@ template <class S> FASTPE_INLINE S reduce_add(Vec<S> a) {
 #endif
 }
 
-// 2^x for x < 128, NaN for NaN, 0 for -inf. Below -126 the result is 0 where subnormals are flushed (subnormal.h).
+// 2^x for x < 127.5, NaN for NaN, 0 for -inf. Below -126 the result is 0 where subnormals are flushed (subnormal.h).
 // Relative error 2e-7.
 FASTPE_INLINE VF exp2(VF x) {
 #if defined(__AVX512DQ__)
@@ -227,8 +227,10 @@ FASTPE_INLINE VF exp2(VF x) {
 #else
   // Minimax polynomial of degree 5 with c0 = 1 for 2^f on [-1/2, 1/2], relative error 9.2e-8.
   const VF c5(1.326472725e-3f), c4(9.671512688e-3f), c3(5.550733744e-2f), c2(2.402224208e-1f), c1(6.931469776e-1f), c0(1.0f);
-  const VF magic(12582912.f);  // 1.5 * 2^23: its sum with x holds round(x) in the low mantissa bits
-  const VF xc = max(VF(-126.f), x);
+  // 1.5 * 2^23 + 127: its sum with x holds round(x) + 127 in the low bits, where a shift makes an exponent of it; that of -127 is
+  // the number 0. A NaN passes through the polynomial.
+  const VF magic(12583039.f);
+  const VF xc = max(VF(-127.f), x);
   const VF t = xc + magic;
   const VF f = xc - (t - magic);
   VF p = fma(c5, f, c4);
@@ -236,9 +238,7 @@ FASTPE_INLINE VF exp2(VF x) {
   p = fma(p, f, c2);
   p = fma(p, f, c1);
   p = fma(p, f, c0);
-  const VF r(VF::Raw(VF::RawInt(p.v) + (VF::RawInt(t.v) << 23)));
-  const VF z = select(x < VF(-126.f), VF(0.f), r);
-  return select(x == x, z, x);
+  return p * VF(VF::Raw(VF::RawInt(t.v) << 23));
 #endif
 }
 FASTPE_INLINE VD exp2(VD x) {
