@@ -279,7 +279,7 @@ struct Backward {
     call.carve(sizes, true);  // how long the strips' tables are
     const int64_t grad_each = splits * (p.Nk * ((want_k ? copies * dp : 0) + (want_v ? dvp : 0)) + group * (row_places() + col_places() + key_places()));
     const int64_t total = p.B * p.Hk;
-    const int64_t wave = one_by_one ? 1 : wave_heads(int64_t(oc.used) + grad_each * int64_t(sizeof(S)), total, rt.threads, int64_t(14) << 20);
+    const int64_t wave = one_by_one ? 1 : wave_heads(int64_t(oc.used) + grad_each * int64_t(sizeof(S)), splits, total, rt.threads, int64_t(14) << 20);
     const int64_t bh = p.B * p.H;
     const auto layout = [&](Carver& c) {
       call.carve(c, true);

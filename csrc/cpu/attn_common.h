@@ -947,9 +947,13 @@ FASTPE_INLINE void tile_scores(const AttnParams& p, const KVPack<E>& kv, const t
   }
 }
 
-// How many kv heads to pack at a time: as many as fit a budget, at least one per worker.
-inline int64_t wave_heads(int64_t bytes_each, int64_t total, int threads, int64_t budget) {
-  int64_t n = budget / (bytes_each > 0 ? bytes_each : 1);
+// How many kv heads to pack at a time: as few as leave what a worker packs and sums in its own cache until it is read, as many as
+// give every worker 16 tasks (one has nobody to wait for) and fit a budget, at least one per worker.
+inline int64_t wave_heads(int64_t bytes_each, int64_t tasks_each, int64_t total, int threads, int64_t budget) {
+  const int64_t near = (int64_t(threads) << 18) / (bytes_each > 0 ? bytes_each : 1), most = budget / (bytes_each > 0 ? bytes_each : 1);
+  int64_t n = threads > 1 ? tiles::ceil_div(16 * threads, tasks_each > 0 ? tasks_each : 1) : 1;
+  if (n < near) n = near;
+  if (n > most) n = most;
   if (n < threads) n = threads;
   return n < total ? n : total;
 }

@@ -184,7 +184,7 @@ struct Forward {
     Carver oc{nullptr};
     one.carve(oc, p, call.nk_tiles, false, false, true);
     const int64_t total = p.B * p.Hk;
-    const int64_t wave = wave_heads(int64_t(oc.used), total, rt.threads, int64_t(8) << 20);
+    const int64_t wave = wave_heads(int64_t(oc.used), p.H / p.Hk * call.nq_blocks, total, rt.threads, int64_t(8) << 20);
     taking_turns = turns(p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack, pos::is_composed(p));
     // Short tasks where they are few: the last ones to finish should not leave other workers idle.
     while (taking_turns > 1 && rt.threads > 1 && wave * (p.H / p.Hk) * call.nq_blocks / taking_turns < 16 * rt.threads) taking_turns /= 2;

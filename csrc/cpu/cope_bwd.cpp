@@ -114,7 +114,7 @@ struct CopeBackward {
     worker_bytes = (pm.used + 127) / 64 * 64;
     const int64_t per_head = splits * (p.Nk * ((want_k ? dp : 0) + (want_v ? dvp : 0) + (want_gate_k ? gp : 0)) + (want_table ? p.D * c.ldz : 0));
     const int64_t total = p.B * p.Hk;
-    const int64_t wave = wave_heads(c.pack_bytes(true) + per_head * int64_t(sizeof(S)), total, rt.threads, int64_t(14) << 20);
+    const int64_t wave = wave_heads(c.pack_bytes(true) + per_head * int64_t(sizeof(S)), splits, total, rt.threads, int64_t(14) << 20);
     const auto layout = [&](Carver& m) {
       worker_base = m.take<char>(int64_t(worker_bytes) * rt.threads);
       dk = want_k ? m.take<S>(wave * splits * p.Nk * dp) : nullptr;

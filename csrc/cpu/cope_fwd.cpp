@@ -57,7 +57,7 @@ struct CopeForward {
     Carver pm{nullptr};
     probe.carve(pm, c);
     worker_bytes = (pm.used + 127) / 64 * 64;
-    const int64_t total = p.B * p.Hk, wave = wave_heads(c.pack_bytes(false), total, rt.threads, int64_t(8) << 20);
+    const int64_t total = p.B * p.Hk, wave = wave_heads(c.pack_bytes(false), p.H / p.Hk * c.call.nq_blocks, total, rt.threads, int64_t(8) << 20);
     const auto layout = [&](Carver& m) {
       worker_base = m.take<char>(int64_t(worker_bytes) * rt.threads);
       c.carve_packs(m, wave, false);

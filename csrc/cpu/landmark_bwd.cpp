@@ -84,7 +84,7 @@ struct LandmarkBackward {
     c.carve_pack(one, om);
     const int64_t grad_each = splits * p.Nk * ((want_k ? dp : 0) + (want_v ? dvp : 0));
     const int64_t total = p.B * p.Hk;
-    const int64_t wave = wave_heads(int64_t(om.used) + grad_each * int64_t(sizeof(S)), total, rt.threads, int64_t(14) << 20);
+    const int64_t wave = wave_heads(int64_t(om.used) + grad_each * int64_t(sizeof(S)), splits, total, rt.threads, int64_t(14) << 20);
     const auto layout = [&](Carver& m) {
       c.packs = m.take<LandmarkPack<E>>(wave);
       worker_base = m.take<char>(int64_t(worker_bytes) * rt.threads);

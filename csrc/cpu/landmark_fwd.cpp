@@ -68,7 +68,7 @@ struct LandmarkForward {
     LandmarkPack<E> one;
     Carver om{nullptr};
     c.carve_pack(one, om);
-    const int64_t total = p.B * p.Hk, wave = wave_heads(int64_t(om.used), total, rt.threads, int64_t(8) << 20);
+    const int64_t total = p.B * p.Hk, wave = wave_heads(int64_t(om.used), c.group * c.nq_blocks, total, rt.threads, int64_t(8) << 20);
     const auto layout = [&](Carver& m) {
       c.packs = m.take<LandmarkPack<E>>(wave);
       worker_base = m.take<char>(int64_t(worker_bytes) * rt.threads);

@@ -38,7 +38,7 @@ struct Mass {
     KVPack<E> one;
     Carver oc{nullptr};
     one.carve(oc, p, call.nk_tiles, false, false, false);
-    const int64_t total = p.B * p.Hk, wave = wave_heads(int64_t(oc.used), total, rt.threads, int64_t(8) << 20);
+    const int64_t total = p.B * p.Hk, wave = wave_heads(int64_t(oc.used), group * parts, total, rt.threads, int64_t(8) << 20);
     const auto layout = [&](Carver& c) {
       plain.call.carve(c);
       plain.packs = c.take<KVPack<E>>(wave);

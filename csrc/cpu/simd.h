@@ -205,6 +205,13 @@ template <class S> FASTPE_INLINE S reduce_add(Vec<S> a) {
   if constexpr (sizeof(S) == 4) return _mm512_reduce_add_ps(__m512(a.v));
   else return _mm512_reduce_add_pd(__m512d(a.v));
 #else
+#if defined(__AVX2__)
+  if constexpr (sizeof(S) == 4) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(__m256(a.v)), _mm256_extractf128_ps(__m256(a.v), 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+#endif
   S s = 0;
   for (int l = 0; l < Vec<S>::kLanes; ++l) s += a.v[l];
   return s;
