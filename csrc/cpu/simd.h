@@ -404,14 +404,30 @@ FASTPE_INLINE VF load_bf16(const uint16_t* p) {
   return VF(VF::Raw(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))));
 }
 FASTPE_INLINE VF load_f16(const uint16_t* p) { return VF(VF::Raw(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)))); }
+// The rounded number in the upper half of every lane: nearest, ties to even. Not for NaN, which could overflow to a number.
+FASTPE_INLINE __m256i rounded_bf16(VF x) {
+  const __m256i u = _mm256_castps_si256(__m256(x.v));
+  return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)));
+}
 FASTPE_INLINE void store_bf16(uint16_t* p, VF x) {
   const __m256i u = _mm256_castps_si256(__m256(x.v));
-  const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1))));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(__m256(x.v), __m256(x.v), _CMP_UNORD_Q));
-  const __m256i y = _mm256_srli_epi32(_mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan), 16);
+  const __m256i y = _mm256_srli_epi32(_mm256_blendv_epi8(rounded_bf16(x), _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan), 16);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
 }
-FASTPE_INLINE void store_bf16_two(uint16_t* p, VF x, uint16_t* q, VF y) { store_bf16(p, x); store_bf16(q, y); }
+// x to p and y to q: one test for NaN, and the upper halves of both sorted at once.
+FASTPE_INLINE void store_bf16_two(uint16_t* p, VF x, uint16_t* q, VF y) {
+  if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(__m256(x.v), __m256(y.v), _CMP_UNORD_Q)), 0)) {
+    store_bf16(p, x);
+    store_bf16(q, y);
+    return;
+  }
+  const __m256i both = _mm256_blend_epi16(_mm256_srli_epi32(rounded_bf16(x), 16), rounded_bf16(y), 0xaa);
+  const __m256i by_lane = _mm256_shuffle_epi8(both, _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  const __m256i sorted = _mm256_permute4x64_epi64(by_lane, 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(sorted));
+  _mm_storeu_si128((__m128i*)q, _mm256_extracti128_si256(sorted, 1));
+}
 FASTPE_INLINE void store_f16(uint16_t* p, VF x) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__m256(x.v), _MM_FROUND_TO_NEAREST_INT)); }
 #else
 FASTPE_INLINE VF load_bf16(const uint16_t* p) { VF x; for (int l = 0; l < VF::kLanes; ++l) x.v[l] = bf16_to_float(p[l]); return x; }
