@@ -4,6 +4,7 @@ assembly, and what the compiler makes of the rest."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import ptx_runner
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe.testing.cases import Case, build
@@ -106,6 +108,12 @@ def backward_text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ptx_backward")
     nvcc(folder, BACKWARD, "-arch=compute_80", "-ptx", "-o", "kernels.ptx")
     return (folder / "kernels.ptx").read_text()
+
+
+@pytest.fixture
+def on_emulator(on_emulator):
+    """Under one schedule: this file is about instructions, not about their order."""
+    return functools.partial(on_emulator, **SCHEDULES[0])
 
 
 def entry_of(functions, parts):
