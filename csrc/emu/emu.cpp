@@ -8,6 +8,7 @@
 #include <atomic>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 
 #if !defined(__x86_64__)
 #error "the emulator switches stacks by hand and knows x86-64 only"
@@ -46,11 +47,11 @@ void fiber_main() {
   Engine* e = t_engine;
   e->fn(e->args);
   Fiber& f = *t_fiber;
-  for (const auto& g : f.groups)
-    if (!g.empty()) fail("the thread ended without waiting for its cp.async", g.front().site);
-  if (!f.open.empty()) fail("the thread ended with a cp.async that was never committed", f.open.front().site);
+  if (f.copies.size() > f.open) fail("the thread ended without waiting for its cp.async", f.copies.front().site);
+  if (f.open) fail("the thread ended with a cp.async that was never committed", f.copies.front().site);
   e->end_of_thread_sm90(f);
   f.state = State::done;
+  --e->left;
   e->yield(f);
   __builtin_unreachable();
 }
@@ -205,11 +206,25 @@ void fail(const std::string& what, Site site) {
   __builtin_unreachable();
 }
 
+namespace {
+
+// Calls f with the number of bytes of an access, 4 or 16, as a constant.
+template <class Fn>
+void with_size(uint32_t bytes, Site site, Fn&& f) {
+  if (bytes == 16) f(std::integral_constant<uint32_t, 16>{});
+  else if (bytes == 4) f(std::integral_constant<uint32_t, 4>{});
+  else fail(format("an access of %u bytes", bytes), site);
+}
+
+}  // namespace
+
 void read_shared_as(uint32_t lane, uint32_t addr, void* to, uint32_t bytes, Site site) {
   Engine& e = *t_engine;
-  e.check_range(addr, bytes, site);
-  e.note_read(t_fiber->info.warp, uint8_t(lane), addr, bytes, site);
-  std::memcpy(to, e.memory.data() + addr, bytes);
+  with_size(bytes, site, [&](auto n) {
+    e.check_range(addr, n, site);
+    e.note_read(t_fiber->info.warp, uint8_t(lane), addr, n, site);
+    std::memcpy(to, e.memory.data() + addr, n);
+  });
 }
 void read_shared(uint32_t addr, void* to, uint32_t bytes, Site site) {
   t_fiber->where = site;
@@ -218,10 +233,12 @@ void read_shared(uint32_t addr, void* to, uint32_t bytes, Site site) {
 void write_shared(uint32_t addr, const void* from, uint32_t bytes, Site site) {
   Engine& e = *t_engine;
   t_fiber->where = site;
-  e.check_range(addr, bytes, site);
-  e.check_no_mbarrier(addr, bytes, site);
-  e.note_write(t_fiber->info.warp, uint8_t(t_fiber->info.lane), addr, bytes, site, false, false);
-  std::memcpy(e.memory.data() + addr, from, bytes);
+  with_size(bytes, site, [&](auto n) {
+    e.check_range(addr, n, site);
+    e.check_no_mbarrier(addr, n, site);
+    e.note_write(t_fiber->info.warp, uint8_t(t_fiber->info.lane), addr, n, site, false, false);
+    std::memcpy(e.memory.data() + addr, from, n);
+  });
 }
 
 void warp_op(const WarpOp& op, uint32_t mask, uint64_t immediate, void* record, Site site) {
@@ -368,7 +385,6 @@ void cp_async_16(uint32_t dst, const void* src, uint32_t src_bytes, Site site) {
   if (e.opt.copies == CopyTiming::random) now = e.random() & 1;
   e.check_no_mbarrier(dst, 16, site);
   e.note_write(f.info.warp, uint8_t(f.info.lane), dst, 16, site, true, false, By::cp_async);
-  Copy c{dst, src, src_bytes, site, false};
   if (now) {
     // The data is there, but nothing entitles anyone to read it: the cells stay in flight until the wait.
     uint8_t buf[16] = {};
@@ -377,20 +393,83 @@ void cp_async_16(uint32_t dst, const void* src, uint32_t src_bytes, Site site) {
   } else {
     std::memset(e.memory.data() + dst, 0xFF, 16);
   }
-  f.open.push_back(c);
+  f.copies.push_back({dst, src, src_bytes, site});
+  ++f.open;
 }
 void cp_async_commit(Site site) {
   t_fiber->where = site;
-  t_fiber->groups.push_back(std::move(t_fiber->open));
-  t_fiber->open.clear();
+  t_fiber->groups.push_back(t_fiber->open);
+  t_fiber->open = 0;
 }
 void cp_async_wait(uint32_t groups_left, Site site) {
   Fiber& f = *t_fiber;
   f.where = site;
-  while (f.groups.size() > groups_left) {
-    for (Copy& c : f.groups.front()) t_engine->land(f, c, site);
-    f.groups.pop_front();
+  if (f.groups.size() <= groups_left) return;
+  const auto end = f.groups.end() - groups_left;
+  auto copy = f.copies.begin();
+  for (auto g = f.groups.begin(); g != end; ++g)
+    for (uint32_t i = 0; i < *g; ++i) t_engine->land(f, *copy++, site);
+  f.copies.erase(f.copies.begin(), copy);
+  f.groups.erase(f.groups.begin(), end);
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+using Row = float __attribute__((vector_size(32)));
+
+// Exact products, summed in float32 one k after the other.
+template <bool kBf16, uint32_t kRows = 4>
+inline __attribute__((always_inline)) void multiply(void* const* r) {
+  alignas(32) uint16_t a[16 * 16], b[16 * 8];
+  alignas(32) float A[16 * 16], B[16 * 8];
+  Row D[16];
+  for (uint32_t i = 0; i < 32; ++i) {
+    const Mma& x = *static_cast<const Mma*>(r[i]);
+    const uint32_t g = i >> 2, t = 2 * (i & 3);
+    for (uint32_t e = 0; e < 4; ++e) std::memcpy(&a[(g + 8 * (e & 1)) * 16 + t + 8 * (e >> 1)], &x.a[e], 4);
+    for (uint32_t e = 0; e < 2; ++e) {
+      b[(t + 8 * e) * 8 + g] = uint16_t(x.b[e]);
+      b[(t + 1 + 8 * e) * 8 + g] = uint16_t(x.b[e] >> 16);
+      std::memcpy(reinterpret_cast<char*>(&D[g + 8 * e]) + 4 * t, &x.d[2 * e], 8);
+    }
   }
+  const auto wide = [](uint16_t x) __attribute__((always_inline)) { return kBf16 ? __builtin_bit_cast(float, uint32_t(x) << 16) : float_of_f16(x); };
+  for (uint32_t i = 0; i < 256; ++i) A[i] = wide(a[i]);
+  for (uint32_t i = 0; i < 128; ++i) B[i] = wide(b[i]);
+  for (uint32_t m = 0; m < 16; m += kRows) {
+    Row d[kRows];
+    for (uint32_t y = 0; y < kRows; ++y) d[y] = D[m + y];
+    for (uint32_t k = 0; k < 16; ++k) {
+      Row x;
+      std::memcpy(&x, B + 8 * k, sizeof(x));
+      for (uint32_t y = 0; y < kRows; ++y) d[y] += A[(m + y) * 16 + k] * x;
+    }
+    for (uint32_t y = 0; y < kRows; ++y) D[m + y] = d[y];
+  }
+  for (uint32_t i = 0; i < 32; ++i) {
+    float* d = static_cast<const Mma*>(r[i])->d;
+    for (uint32_t e = 0; e < 2; ++e) std::memcpy(&d[2 * e], reinterpret_cast<const char*>(&D[(i >> 2) + 8 * e]) + 8 * (i & 3), 8);
+  }
+}
+
+}  // namespace
+
+// Compiled twice where the system can choose at load time.
+#if defined(__gnu_linux__) && defined(__GLIBC__)
+#define FASTPE_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define FASTPE_CLONES
+#endif
+
+FASTPE_CLONES void mma_bf16(void* const* records, uint32_t, Site) {
+  ++t_engine->counters.mma;
+  multiply<true>(records);
+}
+FASTPE_CLONES void mma_f16(void* const* records, uint32_t, Site) {
+  ++t_engine->counters.mma;
+  multiply<false>(records);
 }
 
 void* guarded_alloc(size_t bytes) {

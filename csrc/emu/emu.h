@@ -78,6 +78,21 @@ struct WarpOp {
 void warp_op(const WarpOp& op, uint32_t mask, uint64_t immediate, void* record, Site site);
 void sync_warp(uint32_t mask, Site site);
 
+// The number that half-precision bits stand for. A number with a small exponent is taken for a float with that exponent, and scaled.
+inline float float_of_f16(uint16_t x) {
+  const uint32_t size = uint32_t(x & 0x7FFF) << 13, sign = uint32_t(x & 0x8000) << 16;
+  const uint32_t finite = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, size) * 0x1p112f);
+  return __builtin_bit_cast(float, sign | (size < 0x0F800000u ? finite : size | 0x7F800000u));
+}
+
+// Record of mma.m16n8k16: a lane's fragments. The two functions are what a WarpOp computes.
+struct Mma {
+  float* d;
+  const uint32_t *a, *b;
+};
+void mma_bf16(void* const* records, uint32_t mask, Site site);
+void mma_f16(void* const* records, uint32_t mask, Site site);
+
 enum class Reduce { none, all, any };
 bool barrier_sync(uint32_t id, uint32_t count, Reduce reduce, bool predicate, Site site);
 void barrier_arrive(uint32_t id, uint32_t count, Site site);

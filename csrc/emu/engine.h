@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -57,43 +58,91 @@ constexpr uint8_t kNobody = 0xFF, kManyLanes = 0xFE, kTensorLane = 0xFD;
 
 enum class By : uint8_t { thread, cp_async, bulk };
 
+// 24 bytes, so that a line of the cache holds what is known of a row of a tile.
 struct Access {
-  Site site{nullptr, 0};
+  const char* file = nullptr;
   uint32_t clock = 0, epoch = 0;
   uint32_t fences = 0;  // of a write: how many fence.proxy.async the thread had executed
-  uint8_t lane = kNobody;
-  uint8_t warp = 0;
-  bool in_flight = false;
-  By by = By::thread;
-};
+  uint32_t line : 15, lane : 8, warp : 6, kind : 2, in_flight : 1;
 
-// The last write and each unit's last read of one 4-byte cell. Units are the warps and the engine of bulk copies.
+  Access() : line(0), lane(kNobody), warp(0), kind(0), in_flight(0) {}
+  Access(Site s, uint32_t clock, uint32_t epoch, uint32_t fences, uint8_t lane, uint32_t unit, bool in_flight, By by)
+      : file(s.file), clock(clock), epoch(epoch), fences(fences), line(uint32_t(s.line) & 0x7FFF), lane(lane), warp(unit & 63), kind(uint32_t(by) & 3), in_flight(in_flight) {}
+  Site site() const { return {file, int(line)}; }
+  By by() const { return By(kind); }
+};
+static_assert(sizeof(Access) == 24 && kMaxWarps < 64);
+
+// The last write and each unit's last read of every 4-byte cell. Units are the warps and the engine of bulk copies.
+// 16 aligned bytes that were only touched together, as tiles are copied and read, are kept as one cell.
 class Shadow {
  public:
+  struct Cell {
+    Access& write;
+    uint64_t& readers;  // bit u: read(u) counts
+    Access* first_read;
+    size_t cells;
+    Access& read(uint32_t unit) const { return first_read[unit * cells]; }
+  };
+
   void start(uint32_t bytes, uint32_t units) {
-    const size_t cells = (bytes + 3) / 4;
-    if (units != units_ || cells > stamp_.size()) {
-      units_ = units;
-      stamp_.assign(cells, 0);
-      access_.assign(cells * (units + 1), Access{});
-      now_ = 0;
-    }
+    const size_t chunks = (bytes + 15) / 16;
+    cells_ = chunks * 4;
+    if (chunks > chunks_.size()) chunks_.resize(chunks);
+    if (cells_ * units > reads_.size()) reads_.resize(cells_ * units);
     ++now_;
   }
-  // Access number 0 of a cell is its last write, 1 + u the last read of unit u.
-  Access* cell(uint32_t c) {
-    Access* a = access_.data() + size_t(c) * (units_ + 1);
-    if (stamp_[c] != now_) {
-      stamp_[c] = now_;
-      for (uint32_t i = 0; i <= units_; ++i) a[i].lane = kNobody, a[i].in_flight = false;
-    }
-    return a;
+
+  // Calls f(cell, its address) for the cells of an aligned access of 4, 8 or 16 bytes.
+  template <class Fn>
+  void touch(uint32_t addr, uint32_t bytes, Fn&& f) {
+    Chunk& k = chunk(addr / 16);
+    if (bytes == 16 && !k.split) return f(cell(k, addr), addr);
+    if (!k.split) split(k, addr);
+    for (uint32_t x = addr; x < addr + bytes; x += 4) f(cell(k, x), x);
+  }
+  // After a write to 16 aligned bytes: one cell from now on.
+  void join(uint32_t addr) { chunks_[addr / 16].split = false; }
+  const Access& last_write(uint32_t addr) {
+    const Chunk& k = chunk(addr / 16);
+    return k.writes[k.split ? addr / 4 % 4 : 0];
   }
 
  private:
-  uint32_t units_ = 0, now_ = 0;
-  std::vector<uint32_t> stamp_;
-  std::vector<Access> access_;
+  struct alignas(64) Chunk {
+    uint32_t stamp = 0;  // block that used it last
+    bool split = false;
+    uint64_t readers[4];
+    Access writes[4];
+  };
+
+  Chunk& chunk(uint32_t i) {
+    Chunk& k = chunks_[i];
+    if (k.stamp != now_) {
+      k.stamp = now_;
+      k.split = false;
+      k.readers[0] = 0;
+      k.writes[0] = {};
+    }
+    return k;
+  }
+  Cell cell(Chunk& k, uint32_t addr) { return {k.writes[addr / 4 % 4], k.readers[addr / 4 % 4], reads_.data() + addr / 4, cells_}; }
+  void split(Chunk& k, uint32_t addr) {
+    k.split = true;
+    const uint32_t from = addr / 16 * 16;
+    const Cell all = cell(k, from);
+    for (uint32_t c = 1; c < 4; ++c) {
+      const Cell one = cell(k, from + 4 * c);
+      one.write = all.write;
+      one.readers = all.readers;
+      for (uint64_t left = all.readers; left; left &= left - 1) one.read(uint32_t(std::countr_zero(left))) = all.read(uint32_t(std::countr_zero(left)));
+    }
+  }
+
+  size_t cells_ = 0;
+  uint32_t now_ = 0;
+  std::vector<Chunk> chunks_;
+  std::vector<Access> reads_;  // (units,cells): a warp's reads of neighbours lie together
 };
 
 // ---- threads, warps, barriers ----------------------------------------------------------------------------------------
@@ -105,7 +154,6 @@ struct Copy {
   const void* src;
   uint32_t bytes;
   Site site;
-  bool landed;
 };
 
 struct Engine;
@@ -170,12 +218,13 @@ struct Group {
 struct Fiber {
   Thread info;
   void* sp = nullptr;
-  char* stack = nullptr;
-  State state = State::done;
   Site where{nullptr, 0};
+  State state = State::done;
   bool predicate = false;
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> groups;
+  char* stack = nullptr;
+  std::vector<Copy> copies;      // not waited for, the oldest first
+  std::vector<uint32_t> groups;  // how many of them are in each group that was committed
+  uint32_t open = 0;             // and in none
   uint32_t fences = 0, mbarrier_fences = 0;
   uint32_t mbarrier = 0, parity = 0;  // waited for
   std::vector<BulkStore> stores;
@@ -191,6 +240,10 @@ struct Warp {
   void* record[32];
   Clock clock;
   uint32_t epoch = 0;
+  // For greedy: a ring of ready threads, and whether the warp is in the list of those that have some.
+  uint16_t ready[32];
+  uint32_t head = 0, ready_count = 0;
+  bool listed = false;
 };
 
 struct Barrier {
@@ -225,10 +278,12 @@ struct Engine {
   std::map<uint32_t, Mbarrier> mbarriers;  // by address
   std::vector<BulkLoad> bulk;              // on their way
   uint32_t bulk_clock = 0;
-  std::vector<uint16_t> ready;  // a ring for fifo, a list otherwise
-  size_t head = 0, ready_count = 0;
+  // Threads: a ring for fifo, a list for reverse and random. For greedy a ring of `listed` warps: all that have ready threads,
+  // in the order in which they came to have some, except perhaps the last one that ran.
+  std::vector<uint16_t> ready;
+  size_t head = 0, ready_count = 0, listed = 0;
   std::vector<uint8_t> memory;
-  uint32_t shared_bytes = 0, threads = 0;
+  uint32_t shared_bytes = 0, threads = 0, left = 0;  // left: threads that have not ended
   Shadow shadow;
   Options opt;
   Random random{1};
@@ -249,36 +304,63 @@ struct Engine {
 
   void push(uint32_t tid) {
     fibers[tid].state = State::ready;
-    if (opt.schedule == Schedule::fifo) ready[(head + ready_count) % kMaxThreads] = uint16_t(tid);
-    else ready[ready_count] = uint16_t(tid);
     ++ready_count;
+    switch (opt.schedule) {
+      case Schedule::fifo: ready[(head + ready_count - 1) % kMaxThreads] = uint16_t(tid); break;
+      case Schedule::reverse:
+      case Schedule::random: ready[ready_count - 1] = uint16_t(tid); break;
+      case Schedule::greedy: {
+        Warp& w = warps[tid / 32];
+        w.ready[(w.head + w.ready_count++) % 32] = uint16_t(tid);
+        if (w.listed) break;
+        w.listed = true;
+        ready[(head + listed++) % kMaxThreads] = uint16_t(tid / 32);
+      }
+    }
   }
   uint32_t pop() {
-    if (opt.schedule == Schedule::fifo) {
-      const uint32_t t = ready[head];
-      head = (head + 1) % kMaxThreads;
-      --ready_count;
-      return t;
-    }
-    size_t i = ready_count - 1;
-    if (opt.schedule == Schedule::random) i = random() % ready_count;
-    if (opt.schedule == Schedule::greedy) {
-      i = 0;
-      for (size_t x = 0; x < ready_count; ++x)
-        if (ready[x] / 32 == last_warp) { i = x; break; }
-    }
-    const uint32_t t = ready[i];
-    std::copy(ready.begin() + i + 1, ready.begin() + ready_count, ready.begin() + i);
     --ready_count;
-    last_warp = t / 32;
-    return t;
+    switch (opt.schedule) {
+      case Schedule::fifo: {
+        const uint32_t t = ready[head];
+        head = (head + 1) % kMaxThreads;
+        return t;
+      }
+      case Schedule::random: {
+        const size_t i = random() % (ready_count + 1);
+        const uint32_t t = ready[i];
+        std::copy(ready.begin() + i + 1, ready.begin() + ready_count + 1, ready.begin() + i);
+        return t;
+      }
+      case Schedule::greedy: {
+        while (warps[last_warp].ready_count == 0) {
+          last_warp = ready[head];
+          head = (head + 1) % kMaxThreads;
+          --listed;
+          warps[last_warp].listed = false;
+        }
+        Warp& w = warps[last_warp];
+        const uint32_t t = w.ready[w.head];
+        w.head = (w.head + 1) % 32;
+        --w.ready_count;
+        return t;
+      }
+      case Schedule::reverse: break;
+    }
+    return ready[ready_count];
   }
 
   uint32_t units() const { return uint32_t(warps.size()) + 1; }
   uint32_t bulk_unit() const { return uint32_t(warps.size()); }
 
-  // Back to the scheduler; returns when this thread is chosen again.
-  void yield(Fiber& f) { fastpe_emu_switch(&f.sp, scheduler_sp); }
+  // Goes on with the next thread, or with block() when there is none; returns when this thread is chosen again.
+  void yield(Fiber& f) {
+    if (ready_count == 0 || failed) return fastpe_emu_switch(&f.sp, scheduler_sp);
+    Fiber& next = fibers[pop()];
+    if (&next == &f) return;
+    t_fiber = &next;
+    fastpe_emu_switch(&f.sp, next.sp);
+  }
   void pause_if_not_fifo(Fiber& f) {
     if (opt.schedule == Schedule::fifo) return;
     push(f.info.tid);
@@ -332,7 +414,7 @@ struct Engine {
   }
 
   void block(Dim3 index, Dim3 grid) {
-    head = ready_count = 0;
+    head = ready_count = listed = 0;
     last_warp = 0;
     failed = false;
     memory.assign(shared_bytes, 0xFF);
@@ -342,6 +424,8 @@ struct Engine {
       w.arrived = w.at_barrier = w.in_group = 0;
       w.epoch = 0;
       w.clock = Clock{};
+      w.head = w.ready_count = 0;
+      w.listed = false;
     }
     for (uint32_t i = 0; i < warps.size(); ++i) warps[i].clock.t[i] = 1;
     for (Barrier& b : barriers) {
@@ -353,8 +437,9 @@ struct Engine {
     for (uint32_t t = 0; t < threads; ++t) {
       Fiber& f = fibers[t];
       f.info = {t, t % 32, t / 32, index, grid, threads};
-      f.open.clear();
+      f.copies.clear();
       f.groups.clear();
+      f.open = 0;
       f.fences = f.mbarrier_fences = 0;
       f.stores.clear();
       f.store_groups.clear();
@@ -362,7 +447,7 @@ struct Engine {
       prepare(f);
       push(t);
     }
-    uint32_t left = threads;
+    left = threads;
     while (left > 0 && !failed) {
       if (ready_count == 0) {
         if (deliver()) continue;
@@ -373,7 +458,6 @@ struct Engine {
       t_fiber = &f;
       fastpe_emu_switch(&scheduler_sp, f.sp);
       t_fiber = nullptr;
-      if (f.state == State::done) --left;
     }
     ++counters.blocks;
     if (failed) throw std::runtime_error("fastpe.emu: " + error);
@@ -396,42 +480,43 @@ struct Engine {
     return a.lane == lane || a.epoch != warps[warp].epoch;
   }
   [[noreturn]] void race(const char* now, const char* before, const Access& a, uint32_t addr, Site site) {
-    const std::string who = a.warp == bulk_unit() ? "the bulk copy issued" : format("warp %u lane %s", a.warp, a.lane >= kTensorLane ? "several" : std::to_string(a.lane).c_str());
-    fail(format("race on shared byte %u: this %s is not ordered after the %s of %s at %s", addr, now, before, who.c_str(), at(a.site).c_str()), site);
+    const std::string who = a.warp == bulk_unit() ? "the bulk copy issued" : format("warp %u lane %s", uint32_t(a.warp), a.lane >= kTensorLane ? "several" : std::to_string(uint32_t(a.lane)).c_str());
+    fail(format("race on shared byte %u: this %s is not ordered after the %s of %s at %s", addr, now, before, who.c_str(), at(a.site()).c_str()), site);
   }
 
   void note_read(uint32_t warp, uint8_t lane, uint32_t addr, uint32_t bytes, Site site) {
     const Warp& w = warps[warp];
-    for (uint32_t c = addr / 4; c < (addr + bytes + 3) / 4; ++c) {
-      Access* a = shadow.cell(c);
-      if (a[0].in_flight) fail(format(a[0].by == By::bulk ? "shared byte %u is read before the bulk copy issued at %s has arrived" : "shared byte %u is read before the cp.async issued at %s has been waited for", c * 4, at(a[0].site).c_str()), site);
-      if (!ordered(a[0], warp, lane)) race("read", "write", a[0], c * 4, site);
-      Access& r = a[1 + warp];
-      const bool mixed = r.lane != kNobody && r.lane != lane && r.epoch == w.epoch && r.clock == w.clock.t[warp];
-      r = {site, w.clock.t[warp], w.epoch, 0, mixed ? kManyLanes : lane, uint8_t(warp), false, By::thread};
-    }
+    shadow.touch(addr, bytes, [&](Shadow::Cell c, uint32_t at_byte) {
+      if (c.write.in_flight) fail(format(c.write.by() == By::bulk ? "shared byte %u is read before the bulk copy issued at %s has arrived" : "shared byte %u is read before the cp.async issued at %s has been waited for", at_byte, at(c.write.site()).c_str()), site);
+      if (!ordered(c.write, warp, lane)) race("read", "write", c.write, at_byte, site);
+      Access& r = c.read(warp);
+      const bool mixed = (c.readers >> warp & 1) && r.lane != lane && r.epoch == w.epoch && r.clock == w.clock.t[warp];
+      r = {site, w.clock.t[warp], w.epoch, 0, mixed ? kManyLanes : lane, warp, false, By::thread};
+      c.readers |= uint64_t(1) << warp;
+    });
   }
   // landing: the second half of a cp.async, which its own issue does not conflict with.
   void note_write(uint32_t warp, uint8_t lane, uint32_t addr, uint32_t bytes, Site site, bool in_flight, bool landing, By by = By::thread) {
     const Warp& w = warps[warp];
-    for (uint32_t c = addr / 4; c < (addr + bytes + 3) / 4; ++c) {
-      Access* a = shadow.cell(c);
-      if (a[0].in_flight && !(landing && a[0].warp == warp && a[0].lane == lane))
-        fail(format("shared byte %u is written while the %s issued at %s is under way", c * 4, a[0].by == By::bulk ? "bulk copy" : "cp.async", at(a[0].site).c_str()), site);
-      if (!ordered(a[0], warp, lane)) race("write", "write", a[0], c * 4, site);
-      for (uint32_t i = 0; i < units(); ++i) {
-        if (!ordered(a[1 + i], warp, lane)) race("write", "read", a[1 + i], c * 4, site);
-        a[1 + i].lane = kNobody;
+    shadow.touch(addr, bytes, [&](Shadow::Cell c, uint32_t at_byte) {
+      if (c.write.in_flight && !(landing && c.write.warp == warp && c.write.lane == lane))
+        fail(format("shared byte %u is written while the %s issued at %s is under way", at_byte, c.write.by() == By::bulk ? "bulk copy" : "cp.async", at(c.write.site()).c_str()), site);
+      if (!ordered(c.write, warp, lane)) race("write", "write", c.write, at_byte, site);
+      for (uint64_t left = c.readers; left; left &= left - 1) {
+        const Access& r = c.read(uint32_t(std::countr_zero(left)));
+        if (!ordered(r, warp, lane)) race("write", "read", r, at_byte, site);
       }
-      a[0] = {site, w.clock.t[warp], w.epoch, fibers[warp * 32 + lane].fences, lane, uint8_t(warp), in_flight, by};
-    }
+      c.readers = 0;
+      c.write = {site, w.clock.t[warp], w.epoch, fibers[warp * 32 + lane].fences, lane, warp, in_flight, by};
+    });
+    if (bytes == 16) shadow.join(addr);
   }
   // Before wgmma or a bulk copy takes memory: what threads wrote there has to be behind their fence.proxy.async.
   void check_proxy(const char* what, uint32_t addr, uint32_t bytes, Site site) {
-    for (uint32_t c = addr / 4; c < (addr + bytes + 3) / 4; ++c) {
-      const Access& a = shadow.cell(c)[0];
-      if (a.lane != kNobody && a.by != By::bulk && a.fences == fibers[a.warp * 32u + a.lane].fences)
-        fail(format("%s shared byte %u, which warp %u lane %u wrote at %s and has executed no fence.proxy.async since", what, c * 4, a.warp, a.lane, at(a.site).c_str()), site);
+    for (uint32_t x = addr; x < addr + bytes; x += 4) {
+      const Access& a = shadow.last_write(x);
+      if (a.lane != kNobody && a.by() != By::bulk && a.fences == fibers[a.warp * 32u + a.lane].fences)
+        fail(format("%s shared byte %u, which warp %u lane %u wrote at %s and has executed no fence.proxy.async since", what, x, uint32_t(a.warp), uint32_t(a.lane), at(a.site()).c_str()), site);
     }
   }
   void check_no_mbarrier(uint32_t addr, uint32_t bytes, Site site) {
@@ -440,14 +525,12 @@ struct Engine {
     if (next != mbarriers.begin() && std::prev(next)->first + 8 > addr) fail(format("shared byte %u belongs to the mbarrier initialised at %s", std::prev(next)->first, at(std::prev(next)->second.init).c_str()), site);
   }
 
-  void land(Fiber& f, Copy& c, Site wait) {
-    if (c.landed) return;
+  void land(Fiber& f, const Copy& c, Site wait) {
     note_write(f.info.warp, uint8_t(f.info.lane), c.dst, 16, c.site, false, true, By::cp_async);
     f.where = wait;
     uint8_t buf[16] = {};
     std::memcpy(buf, c.src, c.bytes);
     std::memcpy(memory.data() + c.dst, buf, 16);
-    c.landed = true;
   }
 
   // ---- sm90.cpp --------------------------------------------------------------------------------------------------------

@@ -43,23 +43,14 @@ inline uint16_t float_to_bf16(float x) {
   if (x != x) return 0x7FFF;
   return uint16_t((u + 0x7FFF + (u >> 16 & 1)) >> 16);
 }
-inline float f16_to_float(uint16_t x) {
-  const uint32_t sign = uint32_t(x & 0x8000) << 16, e = x >> 10 & 31, m = x & 1023;
-  if (e == 31) return float_of_bits(sign | 0x7F800000 | m << 13);
-  const float v = e ? ldexpf(float(1024 + m), int(e) - 25) : ldexpf(float(m), -24);
-  return sign ? -v : v;
-}
+inline float f16_to_float(uint16_t x) { return emu::float_of_f16(x); }
 inline uint16_t float_to_f16(float x) {
-  const uint16_t sign = uint16_t(bits_of_float(x) >> 16 & 0x8000);
+  const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, size = bits_of_float(x) & 0x7FFFFFFF;
   if (x != x) return 0x7FFF;
-  const float a = fabsf(x);
-  if (a >= 65520.f) return uint16_t(sign | 0x7C00);
-  int e = 0;
-  if (a > 0) frexpf(a, &e);
-  if (e < -13) e = -13;  // subnormal: the quantum stays 2^-24
-  const float n = nearbyintf(ldexpf(a, 11 - e));
-  // n <= 2048 counts quanta of 2^(e - 11); a carry into the next exponent adds up by itself.
-  return uint16_t(sign | (n < 1024 ? uint32_t(n) : (uint32_t(e + 14) << 10) + uint32_t(n) - 1024));
+  if (size >= bits_of_float(65520.f)) return uint16_t(sign | 0x7C00);
+  // Subnormal: in the sum the last bit is worth 2^-24.
+  if (size < bits_of_float(0x1p-14f)) return uint16_t(sign | (bits_of_float(float_of_bits(size) + 0.5f) - bits_of_float(0.5f)));
+  return uint16_t(sign | (size - (112u << 23) + 0xFFF + (size >> 13 & 1)) >> 13);
 }
 // Two numbers to one register, the first in the low half.
 inline uint32_t pack_bf16x2(float lo, float hi) { return float_to_bf16(lo) | uint32_t(float_to_bf16(hi)) << 16; }
@@ -199,30 +190,6 @@ inline void ldmatrix(void* const* r, uint32_t, Site site) {
     }
   }
 }
-struct Mma {
-  float* d;
-  const uint32_t *a, *b;
-};
-template <bool Bf16>
-__attribute__((optimize("O3"))) inline void mma(void* const* r, uint32_t, Site) {
-  ++emu::count().mma;
-  const auto wide = [](uint32_t x, int h) { return Bf16 ? bf16_to_float(uint16_t(x >> 16 * h)) : f16_to_float(uint16_t(x >> 16 * h)); };
-  alignas(64) float A[16][16], B[16][8], D[16][8];
-  for (uint32_t i = 0; i < 32; ++i) {
-    const Mma& x = *static_cast<Mma*>(r[i]);
-    const uint32_t g = i >> 2, t = i & 3;
-    for (int h = 0; h < 2; ++h) {
-      for (uint32_t e = 0; e < 4; ++e) A[g + 8 * (e & 1)][2 * t + h + 8 * (e >> 1)] = wide(x.a[e], h);
-      for (uint32_t e = 0; e < 2; ++e) B[2 * t + h + 8 * e][g] = wide(x.b[e], h);
-    }
-    for (uint32_t e = 0; e < 4; ++e) D[g + 8 * (e >> 1)][2 * t + (e & 1)] = x.d[e];
-  }
-  for (int m = 0; m < 16; ++m)
-    for (int k = 0; k < 16; ++k)
-      for (int n = 0; n < 8; ++n) D[m][n] += A[m][k] * B[k][n];
-  for (uint32_t i = 0; i < 32; ++i)
-    for (uint32_t e = 0; e < 4; ++e) static_cast<Mma*>(r[i])->d[e] = D[(i >> 2) + 8 * (e >> 1)][2 * (i & 3) + (e & 1)];
-}
 }  // namespace emulated
 
 inline void ldmatrix_x4(uint32_t (&d)[4], uint32_t addr, FASTPE_CALLER) {
@@ -236,15 +203,15 @@ inline void ldmatrix_x4_trans(uint32_t (&d)[4], uint32_t addr, FASTPE_CALLER) {
   emu::warp_op(op, kFullMask, 0, &x, Site{f, l});
 }
 inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FASTPE_CALLER) {
-  static const emu::WarpOp op{"mma.m16n8k16.bf16", true, emulated::mma<true>};
+  static const emu::WarpOp op{"mma.m16n8k16.bf16", true, emu::mma_bf16};
   const uint32_t b[2] = {b0, b1};
-  emulated::Mma x{d, a, b};
+  emu::Mma x{d, a, b};
   emu::warp_op(op, kFullMask, 0, &x, Site{f, l});
 }
 inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, FASTPE_CALLER) {
-  static const emu::WarpOp op{"mma.m16n8k16.f16", true, emulated::mma<false>};
+  static const emu::WarpOp op{"mma.m16n8k16.f16", true, emu::mma_f16};
   const uint32_t b[2] = {b0, b1};
-  emulated::Mma x{d, a, b};
+  emu::Mma x{d, a, b};
   emu::warp_op(op, kFullMask, 0, &x, Site{f, l});
 }
 

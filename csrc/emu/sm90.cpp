@@ -14,7 +14,7 @@ Mbarrier& mbarrier_at(const char* what, uint32_t addr, Site site) {
   e.check_range(addr, 8, site);
   const auto found = e.mbarriers.find(addr);
   if (found == e.mbarriers.end()) fail(format("%s on shared address %u, where no mbarrier is initialised", what, addr), site);
-  const Access& a = e.shadow.cell(addr / 4)[0];
+  const Access& a = e.shadow.last_write(addr);
   const Thread& self = t_fiber->info;
   if (!e.ordered(a, self.warp, uint8_t(self.lane))) fail(format("%s is not ordered after the mbarrier's initialisation at %s", what, at(found->second.init).c_str()), site);
   e.note_read(self.warp, uint8_t(self.lane), addr, 8, site);
@@ -110,13 +110,7 @@ void note_operands(Group& g, const Wgmma& w, bool issued) {
   });
 }
 
-float wide(uint16_t x, bool bf16) {
-  if (bf16) return __builtin_bit_cast(float, uint32_t(x) << 16);
-  const uint32_t sign = uint32_t(x & 0x8000) << 16, e = x >> 10 & 31, m = x & 1023;
-  if (e == 31) return __builtin_bit_cast(float, sign | 0x7F800000 | m << 13);
-  const float v = e ? __builtin_bit_cast(float, (e + 112) << 23 | m << 13) : float(m) * 0x1p-24f;
-  return sign ? -v : v;
-}
+float wide(uint16_t x, bool bf16) { return bf16 ? __builtin_bit_cast(float, uint32_t(x) << 16) : float_of_f16(x); }
 
 void operand(const Wgmma& w, uint64_t desc, bool trans, uint32_t rows, float* to /* (16,rows) */) {
   const uint8_t* memory = t_engine->memory.data();
@@ -252,7 +246,7 @@ void Engine::land(const BulkLoad& b) {
   ++bulk_clock;
   for (size_t i = 0; i < b.chunks.size(); ++i) {
     std::memcpy(memory.data() + b.chunks[i], b.data.data() + 16 * i, 16);
-    for (uint32_t c = b.chunks[i] / 4; c < b.chunks[i] / 4 + 4; ++c) shadow.cell(c)[0] = {b.site, bulk_clock, 0, 0, 0, uint8_t(bulk_unit()), false, By::bulk};
+    shadow.touch(b.chunks[i], 16, [&](Shadow::Cell c, uint32_t) { c.write = {b.site, bulk_clock, 0, 0, 0, bulk_unit(), false, By::bulk}; });
   }
   landed(b.mbarrier, int64_t(16 * b.chunks.size()));
 }
@@ -423,7 +417,10 @@ void tensor_store(const TensorMap& map, const int32_t* where, uint32_t rank, uin
     e.check_proxy("a bulk store reads", from, 16, site);
     e.note_read(f.info.warp, uint8_t(f.info.lane), from, 16, site);
     // The read goes on after this instruction, until the thread waits.
-    for (uint32_t c = from / 4; c < from / 4 + 4; ++c) e.shadow.cell(c)[1 + e.bulk_unit()] = {site, s.clock, 0, 0, 0, uint8_t(e.bulk_unit()), false, By::bulk};
+    e.shadow.touch(from, 16, [&](Shadow::Cell c, uint32_t) {
+      c.read(e.bulk_unit()) = {site, s.clock, 0, 0, 0, e.bulk_unit(), false, By::bulk};
+      c.readers |= uint64_t(1) << e.bulk_unit();
+    });
     if (bytes) s.pieces.push_back({from + skip, bytes, to});
   });
   bool now = e.opt.copies == CopyTiming::early;

@@ -11,7 +11,7 @@ from fastpe.testing.compare import close_half, eager_attention
 
 
 def compare_forward(case, dtype, on_kernels, **options):
-    """out and lse, which err by no more than compare.close_half allows."""
+    """out and lse err by no more than compare.close_half allows."""
     run = build(case, dtype)
     with torch.no_grad():
         want, want_lse, _ = build(case, dtype, wide=True)(reference.attention, backward=False)
@@ -21,4 +21,3 @@ def compare_forward(case, dtype, on_kernels, **options):
     assert out.dtype == dtype and lse.dtype == torch.float32
     close_half("out", out, want, torchs, dtype=dtype)
     close_half("lse", lse, want_lse, torchs_lse, floor=1.0, dtype=dtype)
-    return out, lse

@@ -93,7 +93,7 @@ class Block:
         }  # fmt: skip
         self.warp = np.arange(threads) // 32
         self.arrived = np.zeros(16, np.int64)
-        self.copies: list[list] = [[]]
+        self.copies: list[list] = [[[]] for _ in range(threads // 32)]  # of each warp: groups, the last one open
         self.mbarriers: dict[int, list] = {}  # address: count, pending, bytes, phase
         self.flying: list[tuple] = []  # bulk copies: addresses, bytes, mbarrier
         self.parked = np.full(threads, -1)
@@ -325,7 +325,9 @@ class Block:
         if space == "param":
             m = re.match(r"\[\s*(\w+)\s*(?:\+\s*(\d+))?", args[0])
             words = frame.params.setdefault(m[1], {})
-            before = words.get(int(m[2] or 0), np.zeros(self.n, t))
+            before = words.get(int(m[2] or 0))
+            if before is None or before.dtype.itemsize != t.itemsize:  # calls in other scopes use the same names
+                before = np.zeros(self.n, t)
             words[int(m[2] or 0)] = np.where(frame.mask, frame.read(args[1], kind, self), before.view(t))
             return
         names = args[1].strip("{}").split(",") if args[1].startswith("{") else [args[1]]
@@ -337,24 +339,33 @@ class Block:
             if op[3] not in ("commit_group", "wait_group"):  # stores are done when they are issued
                 self.bulk(frame, op, args)
         elif op[2] == "commit_group":
-            self.copies.append([])
+            for w in self.warps_of(frame):
+                self.copies[w].append([])
         elif op[2] == "wait_group":
-            # All threads of these kernels issue, commit and wait alike, so one list serves the block.
-            keep = int(args[0])
-            while len(self.copies) - 1 > keep:
-                for dst, src, size in self.copies.pop(0):
-                    data = np.zeros((len(dst), 16), np.uint8)
-                    for bytes_of in np.unique(size):
-                        rows = size == bytes_of
-                        if bytes_of:
-                            data[rows, :bytes_of] = self.load("global", src[rows], int(bytes_of))
-                    self.store("shared", dst, data)
+            # The threads of a warp issue, commit and wait alike, so one list serves the warp.
+            for w in self.warps_of(frame):
+                while len(self.copies[w]) - 1 > int(args[0]):
+                    self.deliver(self.copies[w].pop(0))
         else:
-            dst, src = self.address(frame, args[0])[frame.mask], self.address(frame, args[1])[frame.mask]
-            size = frame.read(args[3], "u32", self)[frame.mask] if len(args) > 3 else np.full(len(dst), 16)
-            assert not (dst % 16).any() and not (src % 16).any() and args[2] == "16"
-            self.store("shared", dst, np.full((len(dst), 16), 0xFF, np.uint8))
-            self.copies[-1].append((dst, src, size))
+            dst, src = self.address(frame, args[0]), self.address(frame, args[1])
+            size = frame.read(args[3], "u32", self) if len(args) > 3 else np.full(self.n, 16)
+            assert not (dst[frame.mask] % 16).any() and not (src[frame.mask] % 16).any() and args[2] == "16"
+            self.store("shared", dst[frame.mask], np.full((frame.mask.sum(), 16), 0xFF, np.uint8))
+            for w in self.warps_of(frame):
+                m = frame.mask & (self.warp == w)
+                self.copies[w][-1].append((dst[m], src[m], size[m]))
+
+    def warps_of(self, frame):
+        return np.unique(self.warp[frame.mask])
+
+    def deliver(self, copies):
+        for dst, src, size in copies:
+            data = np.zeros((len(dst), 16), np.uint8)
+            for bytes_of in np.unique(size):
+                rows = size == bytes_of
+                if bytes_of:
+                    data[rows, :bytes_of] = self.load("global", src[rows], int(bytes_of))
+            self.store("shared", dst, data)
 
     # ---- the warp as a whole -------------------------------------------------------------------------------------------
 
@@ -643,12 +654,13 @@ class Block:
         frame.write(args[0], x.astype(TYPES[to]), to)
 
     def op_call(self, frame, op, args):
-        result, name, params = args
+        *result, name, params = args
         f = self.functions[name]
         values = [frame.params[x.strip()] for x in params.strip("()").split(",")]
         inner = Frame(f, self.n, dict(zip(f.params, values)))
         self.run(inner, frame.mask.copy())
-        frame.params[result.strip("()").strip()] = inner.params["func_retval0"]
+        for x in result:
+            frame.params[x.strip("()").strip()] = inner.params["func_retval0"]
 
 
 def narrow(x, to):

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from emulated import SCHEDULES
 
 import fastpe
 from fastpe import reference
@@ -28,7 +27,6 @@ def compare(case, dtype, on_kernels, **options):
             continue
         # A gradient that is zero by cancellation is compared with the size of its terms.
         close_half(f"d {name}", got[name], want[name], torchs[name], floor=1e-2, dtype=dtype)
-    return got
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
@@ -75,11 +73,8 @@ def test_storage(storage, on_emulator):
     {"bias": "dense_and_cable", "mask": "blocks", "score": ("softcap_bias",)},
     {"bias": "table_positions", "D": 136, "Dv": 136, "Nq": 40},
 ], ids=lambda c: c["bias"])  # fmt: skip
-def test_every_schedule_gives_the_same_bits(changes, on_emulator):
-    case = dataclasses.replace(SMALL, **{"Nk": 130, "D": 32, "rope": "half", "seed": 9} | changes)
-    first, *others = [compare(case, torch.bfloat16, on_emulator, **s) for s in SCHEDULES]
-    for got in others:
-        assert all(torch.equal(got[n], x) for n, x in first.items() if x is not None)
+def test_several_extras_at_once(changes, on_kernels):
+    compare(dataclasses.replace(SMALL, **{"Nk": 130, "D": 32, "rope": "half", "seed": 9} | changes), torch.bfloat16, on_kernels)
 
 
 def test_nothing_outside_the_tensors_is_read(on_emulator):

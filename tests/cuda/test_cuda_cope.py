@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from emulated import SCHEDULES
 
 import fastpe
 from fastpe import bias
@@ -35,7 +34,6 @@ def check(case, dtype, on_kernels, **options):
     own = calls.run(case, x, compare.eager_attention)
     for what, w in want.items():
         compare.close_half(what, got[what], w, own[what], floor=0.1, dtype=dtype)
-    return got
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -105,11 +103,8 @@ def arguments(call):
     Case(npos=40, mask="window_sinks", sink=True, rope=True), Case("keys", npos=6, mask="documents"), Case("per_row", mask="dense", rope=True),
     Case("values", D=96, Nq=40, Nk=80),
 ], ids=lambda c: c.variant)  # fmt: skip
-def test_every_schedule_gives_the_same_bits(case, on_emulator):
-    case = dataclasses.replace(case, H=1, Nq=min(case.Nq, 66), Nk=min(case.Nk + 60, 130))
-    first, *others = [check(case, torch.bfloat16, on_emulator, **s) for s in SCHEDULES]
-    for got in others:
-        assert all(torch.equal(got[what], x) for what, x in first.items())
+def test_several_extras_at_once(case, on_kernels):
+    check(dataclasses.replace(case, H=1, Nq=min(case.Nq, 66), Nk=min(case.Nk + 60, 130)), torch.bfloat16, on_kernels)
 
 
 @pytest.mark.parametrize("variant", ["keys", "per_row"])

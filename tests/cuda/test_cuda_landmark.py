@@ -66,7 +66,6 @@ def check(case, dtype, on_kernels, **options):
         compare.close_half(what, x, want[what], own[what], floor=0.1, dtype=dtype)
     empty = want["lse"] == -torch.inf
     assert not got["out"][empty].any() and not got["dq"][empty].any()
-    return got
 
 
 # One of the two types each: what differs between them is one instruction.
@@ -101,19 +100,14 @@ def test_lengths(Nq, Nk, on_kernels):
 def test_splits(case, on_kernels, emu, on_emulator):
     check(case, torch.bfloat16, on_kernels)
     emu.counters()
-    with torch.no_grad(), on_emulator():
+    with torch.no_grad(), on_emulator(**SCHEDULES[0]):
         fastpe.landmark_attention(*CPU.inputs(case, torch.bfloat16), case.landmarks(), **case.kwargs())
     assert emu.counters()["blocks"] > 2 * 2 * case.B * case.H
 
 
 @pytest.mark.parametrize("D", [16, 136])
-def test_every_schedule_gives_the_same_bits(D, on_emulator):
-    case, results = dataclasses.replace(PADDED, B=1, D=D), []
-    for s in SCHEDULES:
-        with on_emulator(**s):
-            results.append(CPU.run(fastpe.landmark_attention, case, CPU.inputs(case, torch.bfloat16), torch.bfloat16))
-    for got in results[1:]:
-        assert all(torch.equal(got[n], x) for n, x in results[0].items())
+def test_padding_and_head_dims(D, on_kernels):
+    check(dataclasses.replace(PADDED, B=1, D=D), torch.bfloat16, on_kernels)
 
 
 @pytest.mark.parametrize("case", [PADDED, dataclasses.replace(CASES["irregular"], Nq=5, Nk=133)], ids=["padded", "irregular"])

@@ -11,8 +11,9 @@ from fastpe.testing.compare import error
 
 
 @pytest.fixture
-def ops(emu):
-    return torch.ops.fastpe_emu
+def ops(on_emulator):
+    with on_emulator():
+        yield torch.ops.fastpe
 
 
 def rotated(x, cos, sin, layout):
@@ -40,6 +41,19 @@ def test_rotate(ops, dtype, tolerance, layout, J):
     again = x.clone()
     ops.rotate_(again, table, layout, False)
     assert torch.equal(again, got)
+
+
+def test_a_result_that_depends_on_the_schedule_is_reported(on_emulator, emu):
+    x, table = torch.randn(1, 1, 3, 8), torch.randn(2, 1, 1, 3, 4)
+    launches = []
+    # The kernel does not run under the third schedule.
+    emu.set_runner(lambda *launch: launches.append(launch) or len(launches) == 3)
+    try:
+        with pytest.raises(AssertionError, match="rotate_.*'random'"), on_emulator():
+            torch.ops.fastpe.rotate_(x, table, 0, False)
+    finally:
+        emu.set_runner(None)
+    assert len(launches) == 4
 
 
 @pytest.mark.parametrize("product", [False, True])
@@ -75,7 +89,9 @@ def test_prefix_sums(ops, N, reverse, dtype):
     assert torch.equal(ops.cumsum_exact(x[..., None].transpose(-1, -2), reverse)[..., 0, :], plain)
 
 
-def test_schemas_are_those_of_the_ops(ops):
+def test_schemas_are_those_of_the_ops(emu):
+    ops = torch.ops.fastpe_emu
+
     def text(op):
         return str(op.default._schema).split("::", 1)[1]
 

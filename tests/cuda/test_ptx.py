@@ -4,6 +4,7 @@ assembly, and what the compiler makes of the rest."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import ptx_runner
 import pytest
 import torch
+from emulated import SCHEDULES
 
 import fastpe
 from fastpe.testing.cases import Case, build
@@ -31,6 +33,7 @@ SOURCE = """
 #include "cuda/sm80/attn_fwd.cuh"
 #include "cuda/sm80/cope_bwd.cuh"
 #include "cuda/sm80/cope_fwd.cuh"
+#include "cuda/sm80/decode.cuh"
 #include "cuda/sm80/landmark_fwd.cuh"
 using namespace fastpe::cuda;
 template __global__ void conformance::mma_kernel<Bf16>(conformance::Args);
@@ -38,6 +41,9 @@ template __global__ void conformance::mma_kernel<F16>(conformance::Args);
 template __global__ void fastpe::cuda::keys_kernel<Bf16>(const __grid_constant__ KeysArgs);
 template __global__ void fastpe::cuda::attn_fwd_kernel<Bf16, 64, Kind::rel>(const __grid_constant__ FwdArgs);
 template __global__ void fastpe::cuda::attn_fwd_kernel<Bf16, 64, Kind::table>(const __grid_constant__ FwdArgs);
+template __global__ void fastpe::cuda::attn_fwd_kernel<Bf16, 64, Kind::composed>(const __grid_constant__ FwdArgs);
+template __global__ void fastpe::cuda::attn_fwd_kernel<F32, 64, Kind::composed>(const __grid_constant__ FwdArgs);
+template __global__ void fastpe::cuda::attn_decode_kernel<Bf16, 64>(const __grid_constant__ DecodeArgs);
 template __global__ void fastpe::cuda::cope_table_kernel<Bf16>(const __grid_constant__ CopeArgs);
 template __global__ void fastpe::cuda::cope_table_grad_kernel<Bf16>(const __grid_constant__ TableGradArgs);
 template __global__ void fastpe::cuda::cope_fwd_kernel<Bf16, 64>(const __grid_constant__ CopeArgs);
@@ -53,6 +59,8 @@ using namespace fastpe::cuda;
 template __global__ void fastpe::cuda::delta_kernel<Bf16>(const __grid_constant__ BwdArgs);
 template __global__ void fastpe::cuda::attn_bwd_q_kernel<Bf16, 64, Kind::rel>(const __grid_constant__ BwdArgs);
 template __global__ void fastpe::cuda::attn_bwd_kv_kernel<Bf16, 64, Kind::rel, true, true>(const __grid_constant__ BwdArgs);
+template __global__ void fastpe::cuda::attn_bwd_q_kernel<F32, 64, Kind::composed>(const __grid_constant__ BwdArgs);
+template __global__ void fastpe::cuda::attn_bwd_kv_kernel<F32, 64, Kind::composed, true, true>(const __grid_constant__ BwdArgs);
 template __global__ void fastpe::cuda::attn_bwd_terms_kernel<Bf16, 64>(const __grid_constant__ TermsArgs);
 """
 SM90 = """
@@ -108,6 +116,12 @@ def backward_text(tmp_path_factory):
     return (folder / "kernels.ptx").read_text()
 
 
+@pytest.fixture
+def on_emulator(on_emulator):
+    """Under one schedule: this file is about instructions, not about their order."""
+    return functools.partial(on_emulator, **SCHEDULES[0])
+
+
 def entry_of(functions, parts):
     (found,) = [n for n in functions if all(p in n for p in parts)]
     return found
@@ -120,15 +134,15 @@ def ptx(emu, functions):
 
     def run(kernel, blocks, threads, shared, arguments):
         parts = ENTRIES.get(kernel)
-        if kernel == "attn_fwd":
-            parts = ["attn_fwd_kernel", run.kind]
+        if kernel in ("attn_fwd", "attn_decode"):
+            parts = [kernel + "_kernel", *run.instance]
         if parts is None:
             return False
         ptx_runner.launch(functions, entry_of(functions, parts), arguments, blocks, threads, shared)
         ran.append(kernel)
         return True
 
-    run.ran, run.kind = ran, "KindE1E"
+    run.ran, run.instance = ran, ()
     emu.set_runner(run)
     yield run
     emu.set_runner(None)
@@ -210,26 +224,38 @@ def test_swapped_operands_are_caught(emu, text, functions, ptx):
         CONFORMANCE.test_convert(emu, np.random.default_rng(5))
 
 
+def dtype_of(name):
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+# The kernel and, of its mangled name, what tells the instance.
+REL, TABLE, COMPOSED, WIDE = ("attn_fwd", "4Bf16", "KindE1E"), ("attn_fwd", "4Bf16", "KindE2E"), ("attn_fwd", "4Bf16", "KindE4E"), ("attn_fwd", "3F32")
 CASES = {
-    "alibi": (Case(B=1, H=2, Hk=1, Nq=20, Nk=150, D=40, Dv=64, bias="alibi", causal=True, rope="half", seed=1), "KindE1E"),
-    "cable": (Case(B=1, H=1, Hk=1, Nq=70, Nk=130, D=64, Dv=64, bias="cable", mask="everything", seed=2), "KindE1E"),
-    "table": (Case(B=1, H=1, Hk=1, Nq=9, Nk=70, D=64, Dv=24, bias="t5", score=("sink", "softcap"), storage="padded", seed=3), "KindE2E"),
+    "alibi": (Case(B=1, H=2, Hk=1, Nq=20, Nk=150, D=40, Dv=64, bias="alibi", causal=True, rope="half", seed=1), REL),
+    "cable": (Case(B=1, H=1, Hk=1, Nq=70, Nk=130, D=64, Dv=64, bias="cable", mask="everything", seed=2), REL),
+    "table": (Case(B=1, H=1, Hk=1, Nq=9, Nk=70, D=64, Dv=24, bias="t5", score=("sink", "softcap"), storage="padded", seed=3), TABLE),
+    "products": (Case(B=1, H=1, Hk=1, Nq=20, Nk=70, D=64, Dv=24, bias="products", causal=True, seed=4), COMPOSED),
+    "float32": (Case(B=1, H=1, Hk=1, Nq=20, Nk=70, D=24, Dv=64, bias="t5", mask="ids", score=("sink",), seed=5), WIDE),
+    # Warps with tiles of their own, a different number each.
+    "decode": (Case(B=1, H=4, Hk=2, Nq=2, Nk=150, D=64, Dv=40, bias="cable", rope="half", causal=True, seed=6), ("attn_decode",)),
+    "decode_table": (Case(B=1, H=2, Hk=1, Nq=3, Nk=70, D=24, Dv=64, bias="t5", mask="ids", region="dual_chunk", rope="interleaved", seed=7), ("attn_decode",)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward(name, ptx, on_emulator, emu):
-    case, ptx.kind = CASES[name]
+    case, (kernel, *ptx.instance) = CASES[name]
+    dtype = dtype_of(name)
     with torch.no_grad():
         with on_emulator():
-            out, lse, _ = build(case, torch.bfloat16)(fastpe.attention, backward=False)
-        assert "attn_fwd" in ptx.ran
+            out, lse, _ = build(case, dtype)(fastpe.attention, backward=False)
+        assert kernel in ptx.ran
         emu.set_runner(None)
         with on_emulator():
-            want, want_lse, _ = build(dataclasses.replace(case), torch.bfloat16)(fastpe.attention, backward=False)
-    # Fused products and another order of sums: the last bit of bf16 may differ.
+            want, want_lse, _ = build(dataclasses.replace(case), dtype)(fastpe.attention, backward=False)
+    # Fused products and another order of sums: the last bit may differ.
     assert error(lse, want_lse) <= 1e-5
-    assert error(out, want) <= 2.0**-8
+    assert error(out, want) <= (1e-5 if dtype == torch.float32 else 2.0**-8)
 
 
 @pytest.mark.parametrize("name", ["cope", "per_row"])
@@ -272,58 +298,61 @@ def test_landmark(ptx, on_emulator, emu):
 
 
 PASSES, TERMS = {"delta", "attn_bwd_q", "attn_bwd_kv"}, {"delta", "attn_bwd_terms"}
-# What runs as PTX: the two passes are compiled for the kind rel. Where parameters are learned attn_bwd_terms sums delta anew,
+# What runs as PTX: the two passes are compiled for bf16 and the kind rel, and for float32. Where parameters are learned attn_bwd_terms sums delta anew,
 # so only a case without any depends on the kernel delta.
 BACKWARD_CASES = {
     "alibi": (Case(B=1, H=2, Hk=1, Nq=20, Nk=70, D=40, Dv=64, bias="alibi", causal=True, rope="half", lse_gradient=True, seed=1), PASSES),
     "cable": (Case(B=1, H=1, Hk=1, Nq=66, Nk=70, D=64, Dv=64, bias="cable", mask="everything", seed=2), PASSES),
     "table": (Case(B=1, H=1, Hk=1, Nq=9, Nk=70, D=64, Dv=24, bias="t5", score=("sink", "softcap"), storage="padded", seed=3), TERMS),
     "plain": (Case(B=1, H=2, Hk=1, Nq=7, Nk=20, D=64, Dv=40, lse_gradient=True, seed=4), {"delta"}),
+    "products": (Case(B=1, H=1, Hk=1, Nq=9, Nk=70, D=24, Dv=64, bias="product_clipped", causal=True, seed=5), {"attn_bwd_terms", "offset_sum"}),
+    "float32": (Case(B=1, H=1, Hk=1, Nq=9, Nk=70, D=24, Dv=64, bias="alibi", mask="ids", lse_gradient=True, seed=6), {"attn_bwd_q", "attn_bwd_kv"}),
 }
 
 
-def gradients_by_ptx(case, kernels, text, emu, on_emulator):
+def gradients_by_ptx(name, kernels, text, emu, on_emulator):
     functions, ran = ptx_runner.parse(text), set()
+    instance = {torch.bfloat16: "4Bf16", torch.float32: "3F32"}[dtype_of(name)]
 
     def run(kernel, blocks, threads, shared, arguments):
         if kernel not in kernels:
             return False
-        ptx_runner.launch(functions, entry_of(functions, [kernel + "_kernel"]), arguments, blocks, threads, shared)
+        parts = [kernel + "_kernel"] if kernel == "offset_sum" else [kernel + "_kernel", instance]
+        ptx_runner.launch(functions, entry_of(functions, parts), arguments, blocks, threads, shared)
         ran.add(kernel)
         return True
 
     emu.set_runner(run)
     try:
         with on_emulator():
-            _, _, got = build(case, torch.bfloat16)(fastpe.attention)
+            _, _, got = build(BACKWARD_CASES[name][0], dtype_of(name))(fastpe.attention)
     finally:
         emu.set_runner(None)
     assert ran == kernels
     return got
 
 
-def compare_gradients(got, case, on_emulator):
+def compare_gradients(got, name, on_emulator):
     with on_emulator():
-        _, _, want = build(case, torch.bfloat16)(fastpe.attention)
+        _, _, want = build(BACKWARD_CASES[name][0], dtype_of(name))(fastpe.attention)
     assert got.keys() == want.keys()
     for leaf, x in want.items():
         if x is not None:
             # As for the forward pass; dS is rounded to bf16 on the way, and a float32 sum takes up its last bits.
-            assert error(got[leaf], x) <= 2.0**-7, leaf
+            assert error(got[leaf], x) <= (1e-5 if dtype_of(name) == torch.float32 else 2.0**-7), leaf
 
 
 @pytest.mark.parametrize("name", BACKWARD_CASES)
 def test_backward(name, backward_text, on_emulator, emu):
-    case, kernels = BACKWARD_CASES[name]
-    compare_gradients(gradients_by_ptx(case, kernels, backward_text, emu, on_emulator), case, on_emulator)
+    kernels = BACKWARD_CASES[name][1]
+    compare_gradients(gradients_by_ptx(name, kernels, backward_text, emu, on_emulator), name, on_emulator)
 
 
-@pytest.mark.parametrize("kernel,name", [("attn_bwd_q", "alibi"), ("attn_bwd_kv", "alibi"), ("attn_bwd_terms", "table"), ("delta", "plain")])
+@pytest.mark.parametrize("kernel,name", [("attn_bwd_q", "alibi"), ("attn_bwd_kv", "alibi"), ("attn_bwd_terms", "table"), ("delta", "plain"), ("attn_bwd_kv", "float32")])
 def test_mistakes_in_the_assembly_of_the_backward_pass_are_caught(kernel, name, backward_text, on_emulator, emu):
     # Exponentials to another base: everything depends on them but delta, which is a sum over lanes.
     pattern, wrong = (r"shfl\.sync\.bfly", "shfl.sync.up") if kernel == "delta" else (r"ex2\.approx\.ftz\.f32", "rcp.approx.ftz.f32")
     text, found = re.subn(pattern, wrong, backward_text)
     assert found
-    case, _ = BACKWARD_CASES[name]
     with pytest.raises(AssertionError):
-        compare_gradients(gradients_by_ptx(case, {kernel}, text, emu, on_emulator), case, on_emulator)
+        compare_gradients(gradients_by_ptx(name, {kernel}, text, emu, on_emulator), name, on_emulator)

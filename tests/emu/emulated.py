@@ -13,7 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emu"
-# Orders of running threads and of landing copies. A test of tests/cuda takes one by its name, so that the case table meets all.
+# Orders of running threads and of landing copies. Every emulated call of tests/cuda runs under each.
 SCHEDULES = ({"schedule": "fifo"}, {"schedule": "reverse"}, {"schedule": "random", "seed": 3, "copies": "random"}, {"schedule": "greedy", "copies": "early"})
 
 
