@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kKeys = tiles::kDecodeKeys;
 constexpr int64_t kChunk = 16;  // keys whose operands are prepared together
 constexpr int64_t kChunks = kKeys / kChunk;
+constexpr int64_t kAheadBytes = 2048;
 static_assert(kKeys == 64, "the keys a row sees in a tile are one 64-bit number");
 
 // Bits [lo, hi) of a tile.
@@ -78,44 +79,68 @@ FASTPE_INLINE typename E::BVec load_unit(const char* row, int64_t u) {
   else return E::load_b(reinterpret_cast<const typename E::U*>(row) + u);
 }
 
-// Lines that will be wanted soon, of the rows of a chunk. Products alternate between keys and values, which the
-// processor's own prefetching does not follow; asking for the next lot between products keeps memory busy throughout
-// (2.2 times faster on 512 MiB of keys and values).
+// Rows that will be wanted soon. The rows of a tile come as one stream (keys, values, keys of the next tile), and who reads row x
+// asks for row x + distance: processors follow rows in order, but not the change from keys to values. (Without it 512 MiB of
+// keys and values took 2.2 times as long.)
 struct Ahead {
   const char* const* row = nullptr;  // null: nothing
-  int64_t first = 0, last = 0;       // bytes of a row
-  FASTPE_INLINE void fetch(int64_t x) const {
+  FASTPE_INLINE void fetch(int64_t x, int64_t count, int64_t bytes) const {
     if (!row) return;
-    const char* at = row[x];
-    for (int64_t e = first; e < last; e += 64) __builtin_prefetch(at + e, 0, 2);
+    for (int64_t n = x; n < x + count; ++n)
+      for (int64_t e = 0; e < bytes; e += 64) __builtin_prefetch(row[n] + e, 0, 2);
   }
 };
 
-// s[r][x] = <q[r], k[x]> for RB rows and the kChunk keys of a chunk. Keys are read one after the other, where they lie.
-// NU: vectors of a row, 0: `units` says.
-template <class E, DType T, int RB, int NU>
-FASTPE_INLINE void dots_of(const char* const* k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
+// Reads a word of every line of kKeys rows. Rows that lie anywhere come at the rate of the requests that are under way together:
+// with nothing between these loads there are as many as the processor holds. The products, which load 6 times for every 8
+// of their steps, reach two rows ahead, with prefetches too (random rows on AMD Zen 3 take 0.69 of their time so).
+template <int Lines>
+FASTPE_INLINE void bring_lines(const char* const* row) {
+  for (int64_t x = 0; x < kKeys; ++x)
+#pragma GCC unroll 16
+    for (int n = 0; n < Lines; ++n) (void)static_cast<const volatile char*>(row[x])[n * 64];
+}
+// The number of lines is known where it is usual: a loop over it takes 1.2 times as long.
+inline void bring(const char* const* row, int64_t bytes) {
+  switch (bytes) {
+    case 128: return bring_lines<2>(row);
+    case 256: return bring_lines<4>(row);
+    case 512: return bring_lines<8>(row);
+    case 1024: return bring_lines<16>(row);
+  }
+  for (int64_t x = 0; x < kKeys; ++x)
+    for (int64_t e = 0; e < bytes; e += 64) (void)static_cast<const volatile char*>(row[x])[e];
+}
+
+// Bytes of a vector of operands as it is stored.
+template <class E, DType T>
+constexpr int64_t kUnitBytes = E::kPack == 1 && (T == DType::bf16 || T == DType::f16) ? kVecBytes / 2 : kVecBytes;
+
+// s[r][x] = <q[r], k[x]> for RB rows and the kChunk keys of a chunk, no more than two keys at a time.
+template <class E, DType T, int RB>
+FASTPE_INLINE void dots(const char* const* k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
   using S = typename E::S;
   using V = Vec<S>;
-  constexpr int L = V::kLanes, KB = L / RB;
+  constexpr int L = V::kLanes, KB = L / RB, KI = KB < 2 ? KB : 2;
   for (int64_t x = 0; x < kChunk; x += KB) {
     V acc[L];
-#pragma GCC unroll 16
-    for (int y = 0; y < KB; ++y) {
-      ahead.fetch(x + y);
-      const char* row = k[x + y];
-#pragma GCC unroll 4
-      for (int r = 0; r < RB; ++r) acc[r * KB + y] = V(S(0));
-      const auto step = [&](int64_t u) {
-        const typename E::BVec kv = load_unit<E, T>(row, u);
-#pragma GCC unroll 4
-        for (int r = 0; r < RB; ++r) acc[r * KB + y] = E::mac(acc[r * KB + y], kv, E::load_b(q + r * units + u));
-      };
-      if constexpr (NU > 0) {
 #pragma GCC unroll 8
-        for (int u = 0; u < NU; ++u) step(u * L);
-      } else {
-        for (int64_t u = 0; u < units; u += L) step(u);
+    for (int y = 0; y < KB; y += KI) {
+      ahead.fetch(x + y, KI, units / L * kUnitBytes<E, T>);
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < KI; ++i) acc[r * KB + y + i] = V(S(0));
+      for (int64_t u = 0; u < units; u += L) {
+        typename E::BVec kv[KI];
+#pragma GCC unroll 4
+        for (int i = 0; i < KI; ++i) kv[i] = load_unit<E, T>(k[x + y + i], u);
+#pragma GCC unroll 4
+        for (int r = 0; r < RB; ++r) {
+          const typename E::BVec qv = E::load_b(q + r * units + u);
+#pragma GCC unroll 4
+          for (int i = 0; i < KI; ++i) acc[r * KB + y + i] = E::mac(acc[r * KB + y + i], kv[i], qv);
+        }
       }
     }
     alignas(64) S t[L];
@@ -125,74 +150,69 @@ FASTPE_INLINE void dots_of(const char* const* k, const typename E::U* q, int64_t
     for (int r = 0; r < RB; ++r) std::memcpy(s + r * pitch + x, t + r * KB, KB * sizeof(S));
   }
 }
-template <class E, DType T, int RB>
-FASTPE_INLINE void dots(const char* const* k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
-  constexpr int L = Vec<typename E::S>::kLanes;
-  if constexpr (L == 16 && RB == 4) {  // the usual widths with a vector this wide
-    if (units == 4 * L) return dots_of<E, T, RB, 4>(k, q, 4 * L, s, pitch, ahead);
-    if (units == 8 * L) return dots_of<E, T, RB, 8>(k, q, 8 * L, s, pitch, ahead);
-  }
-  dots_of<E, T, RB, 0>(k, q, units, s, pitch, ahead);
-}
 
-// o[r][NV vectors] += P v over the chunks of `live`. In bf16 two keys are interleaved in registers, which leaves the
-// channels of 32 in the order of channel_of.
-template <class E, DType T, int RB, int NV>
-FASTPE_INLINE void weigh(const char* const* v, uint32_t live, int64_t col, const typename E::U* pt, typename E::S* o, int64_t pitch, const Ahead& ahead) {
+// o[r] += P v over the chunks of `live`, all channels of four units of keys at a time, so that a row of values is read
+// whole. In bf16 two keys are interleaved in registers, which leaves the channels of 32 in the order of channel_of.
+template <class E, DType T, int RB>
+FASTPE_INLINE void weigh(const char* const* v, uint32_t live, int64_t units, const typename E::U* pt, typename E::S* o, int64_t pitch, const Ahead& ahead) {
   using S = typename E::S;
   using V = Vec<S>;
-  constexpr int L = V::kLanes;
-  constexpr int64_t units = kKeys / E::kPack;
-  V acc[RB][NV];
-#pragma GCC unroll 4
-  for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[r][n] = V::load(o + r * pitch + n * L);
+  constexpr int L = V::kLanes, G = 4;
+  constexpr int RH = kNV > 2 || RB < 2 ? RB : 2;  // rows at a time: RH x G weights stay in registers
+  constexpr int64_t pt_row = kKeys / E::kPack;
   for (int c = 0; c < kChunks; ++c) {
     if (!(live >> c & 1)) continue;
-    const char* const* rows = v + c * kChunk;
-    const typename E::U* w = pt + c * (kChunk / E::kPack);
-    if constexpr (E::kPack == 1) {
-      for (int64_t x = 0; x < kChunk; ++x) {
-        ahead.fetch(c * kChunk + x);
-        V vv[NV];
+    for (int64_t x = c * kChunk; x < (c + 1) * kChunk; x += G * E::kPack) {
+      const char* const* rows = v + x;
+      ahead.fetch(x, G * E::kPack, units / L * kUnitBytes<E, T>);
+      for (int r0 = 0; r0 < RB; r0 += RH) {
+        typename E::BVec w[RH][G];
 #pragma GCC unroll 4
-        for (int n = 0; n < NV; ++n) vv[n] = load_unit<E, T>(rows[x], col + n * L);
+        for (int r = 0; r < RH; ++r)
 #pragma GCC unroll 4
-        for (int r = 0; r < RB; ++r) {
-          const V pv(w[r * units + x]);
+          for (int g = 0; g < G; ++g) w[r][g] = E::bcast(pt + (r0 + r) * pt_row + x / E::kPack + g);
+        S* to = o + r0 * pitch;
+        if constexpr (E::kPack == 1) {
+          for (int64_t u = 0; u < units; u += L) {
+            typename E::BVec vv[G];
 #pragma GCC unroll 4
-          for (int n = 0; n < NV; ++n) acc[r][n] = fma(pv, vv[n], acc[r][n]);
-        }
-      }
-    } else {
+            for (int g = 0; g < G; ++g) vv[g] = load_unit<E, T>(rows[g], u);
+#pragma GCC unroll 4
+            for (int r = 0; r < RH; ++r) {
+              V acc = V::load(to + r * pitch + u);
+#pragma GCC unroll 4
+              for (int g = 0; g < G; ++g) acc = E::mac(acc, w[r][g], vv[g]);
+              acc.store(to + r * pitch + u);
+            }
+          }
+        } else {
 #if defined(__AVX512BF16__)
-      for (int64_t x = 0; x < kChunk / 2; ++x) {
-        ahead.fetch(c * kChunk + 2 * x);
-        ahead.fetch(c * kChunk + 2 * x + 1);
-        const typename E::U* lo = reinterpret_cast<const typename E::U*>(rows[2 * x]) + col;
-        const typename E::U* hi = reinterpret_cast<const typename E::U*>(rows[2 * x + 1]) + col;
-        typename E::BVec vv[NV];
+          for (int64_t u = 0; u < units; u += L) {
+            typename E::BVec lo[G], hi[G];
 #pragma GCC unroll 4
-        for (int n = 0; n < NV / 2; ++n) {
-          const __m512i a = _mm512_loadu_si512(lo + n * L), b = _mm512_loadu_si512(hi + n * L);
-          vv[2 * n].v = _mm512_unpacklo_epi16(a, b);
-          vv[2 * n + 1].v = _mm512_unpackhi_epi16(a, b);
-        }
+            for (int g = 0; g < G; ++g) {
+              const __m512i a = E::load_b(reinterpret_cast<const typename E::U*>(rows[2 * g]) + u).v, b = E::load_b(reinterpret_cast<const typename E::U*>(rows[2 * g + 1]) + u).v;
+              lo[g].v = _mm512_unpacklo_epi16(a, b);
+              hi[g].v = _mm512_unpackhi_epi16(a, b);
+            }
 #pragma GCC unroll 4
-        for (int r = 0; r < RB; ++r) {
-          const typename E::BVec pv = E::bcast(w + r * units + x);
+            for (int r = 0; r < RH; ++r) {
+              S* at = to + r * pitch + 2 * u;
+              V first = V::load(at), second = V::load(at + L);
 #pragma GCC unroll 4
-          for (int n = 0; n < NV; ++n) acc[r][n] = E::mac(acc[r][n], vv[n], pv);
+              for (int g = 0; g < G; ++g) {
+                first = E::mac(first, lo[g], w[r][g]);
+                second = E::mac(second, hi[g], w[r][g]);
+              }
+              first.store(at);
+              second.store(at + L);
+            }
+          }
+#endif
         }
       }
-#endif
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) acc[r][n].store(o + r * pitch + n * L);
 }
 
 // The channel that place x of an accumulator row holds.
@@ -245,8 +265,9 @@ struct Decode {
     HeadBias<S>* heads;
     uint64_t *seen, *common;
     int32_t* list;
-    // Where the rows of a tile lie: keys and values as stored, the copies in k and v, the keys of the next tile.
-    const char **keys, **values, **k_rows, **v_rows, **next;
+    // Where rows lie: those of a tile in the order of use (keys, values, keys of the next tile), the keys of every copy as
+    // stored, what was made of them in k and v.
+    const char **stream, **keys, **k_rows, **v_rows;
     void carve(Carver& c, const Decode& t) {
       const AttnParams& p = t.p;
       const int64_t wide = tiles::round_up(p.D > p.Dv ? p.D : p.Dv, 64);
@@ -268,11 +289,10 @@ struct Decode {
       seen = c.take<uint64_t>(t.R);
       common = c.take<uint64_t>(p.Nq);
       list = c.take<int32_t>(kKeys);
+      stream = c.take<const char*>(3 * kKeys);
       keys = c.take<const char*>(t.copies * kKeys);
-      values = c.take<const char*>(kKeys);
       k_rows = c.take<const char*>(kChunk);
       v_rows = c.take<const char*>(kKeys);
-      next = c.take<const char*>(kKeys);
     }
   };
 
@@ -286,6 +306,7 @@ struct Decode {
     int64_t x0, j0, n;
     int64_t next;  // entries of the tile that comes after it in this split
     const int32_t* list;
+    bool anywhere;  // a list, less than half of whose keys follow the one before
     int64_t key(int64_t x) const { return list ? list[x] : j0 + x; }
   };
 
@@ -357,22 +378,26 @@ struct Decode {
       tile.x0 = tile.j0 = x0 + t * kKeys;
       tile.n = x1 - tile.x0 < kKeys ? x1 - tile.x0 : kKeys;
       tile.list = nullptr;
+      tile.anywhere = false;
       tile.next = x1 - tile.x0 - tile.n < kKeys ? x1 - tile.x0 - tile.n : kKeys;
       if (u.list) {
         std::memcpy(w.list, u.list + tile.x0, size_t(tile.n) * sizeof(int32_t));
         tile.list = w.list;
+        int64_t steps = 0;
+        for (int64_t x = 1; x < tile.n; ++x) steps += w.list[x] == w.list[x - 1] + 1;
+        tile.anywhere = 2 * steps < tile.n;
       }
       const uint64_t any = look(u, tile, w);
       if (!any) { ++hidden; continue; }
       for (int x = 0; x < int(copies); ++x) find_rows(key_view(x), u, tile.x0, tile.n, w.keys + x * kKeys);
-      find_rows(p.v, u, tile.x0, tile.n, w.values);
-      if (!started) {
-        if (u.list)  // rows that lie anywhere; later tiles are asked for while the one before is worked on
-          for (int64_t y = 0; y < tile.n; ++y) Ahead{w.keys, 0, p.D * size}.fetch(y);
-        start(u, w);
-      }
+      find_stream(u, tile, w);
+      if (!started) start(u, w);
       started = true;
       ++visited;
+      if (tile.anywhere) {
+        bring(w.stream, p.D * size);
+        bring(values_of(w), p.Dv * size);
+      }
       scores(u, tile, any, w);
       soften(u, tile, w);
       values(u, tile, any, w);
@@ -519,6 +544,19 @@ struct Decode {
     for (int64_t y = n; y < kKeys; ++y) rows[y] = kNothing;
   }
 
+  // The rows that tile t reads first where a row has a copy a region, and how far ahead they are asked for.
+  void find_stream(const Unit& u, const Tile& t, Scratch& w) const {
+    const auto first = [&](int64_t j) { return copies > 1 ? pos::region_of(p.region, u.offset, j) : 0; };
+    std::memcpy(w.stream, w.keys + first(t.j0) * kKeys, kKeys * sizeof(*w.stream));
+    find_rows(p.v, u, t.x0, t.n, w.stream + kKeys);
+    find_rows(key_view(first(t.j0 + kKeys)), u, t.x0 + kKeys, t.next, w.stream + 2 * kKeys);
+  }
+  const char* const* values_of(const Scratch& w) const { return w.stream + kKeys; }
+  int64_t distance() const {
+    const int64_t rows = kAheadBytes / (p.D * size);
+    return rows < 2 ? 2 : rows > kKeys ? kKeys : rows;
+  }
+
   static constexpr DType kOwn = kOwnType<E>;
   // Whether rows of so many channels are used where they lie: they are operands already, or become so in registers
   // (for every four rows anew, hence a copy for more than eight).
@@ -589,7 +627,8 @@ struct Decode {
     }
     for (int64_t c = 0; c < t.n; c += kChunk) {
       if (!(any >> c & 0xffff)) continue;
-      Ahead ahead{w.values + c, 0, p.Dv * size};  // the values that go with these keys
+      Ahead ahead;
+      if (!t.anywhere) ahead.row = w.stream + c + distance();
       Rows16 k{};
       bool loaded = false, first = true;
       for (int x = 0; x < int(regions); ++x) {
@@ -802,33 +841,15 @@ struct Decode {
         if (!(live >> (y / kChunk) & 1)) continue;
         U* out = w.v + y * v_units;
         w.v_rows[y] = reinterpret_cast<const char*>(out);
-        load_row(w.row, View{const_cast<char*>(w.values[y]), 0, 0, 0}, p.dtype, 0, 0, 0, p.Dv);
+        load_row(w.row, View{const_cast<char*>(values_of(w)[y]), 0, 0, 0}, p.dtype, 0, 0, 0, p.Dv);
         for (int64_t e = p.Dv; e < wide; ++e) w.row[e] = 0;
         pack_row<E>(out, w.row, wide);
       }
-    const char* const* v = stored ? w.values : w.v_rows;
-    // The keys of the next tile, a share of their lines for every block of channels of the first rows.
-    Ahead next;
-    if (t.next > 0) {
-      const int x = copies > 1 ? pos::region_of(p.region, u.offset, t.j0 + kKeys) : 0;
-      find_rows(key_view(x), u, t.x0 + kKeys, t.next, w.next);
-      next.row = w.next;
-    }
+    const char* const* v = stored ? values_of(w) : w.v_rows;
+    const Ahead ahead = t.anywhere ? Ahead{} : Ahead{values_of(w) + distance()};
     as_type(stored ? p.dtype : kOwn, [&](auto type) {
       by_rows<S>(R, [&](auto n, int64_t r) {
-        constexpr int RB = decltype(n)::value;
-        constexpr DType T = decltype(type)::type;
-        const U* pt = w.pt + r * kUnits;
-        S* o = w.o + r * wide;
-        int64_t e = 0;  // vectors of the accumulator; a vector of bf16 operands makes two of them
-        const int64_t all = wide / L;
-        const auto share = [&](int64_t from, int64_t to) {
-          return r == 0 ? Ahead{next.row, p.D * size * from / all / 64 * 64, p.D * size * to / all / 64 * 64} : Ahead{};
-        };
-        for (; e + 4 <= all; e += 4) weigh<E, T, RB, 4>(v, live, e * L / E::kPack, pt, o + e * L, wide, share(e, e + 4));
-        if (e + 2 <= all) { weigh<E, T, RB, 2>(v, live, e * L / E::kPack, pt, o + e * L, wide, share(e, e + 2)); e += 2; }
-        if constexpr (E::kPack == 1)
-          if (e < all) weigh<E, T, RB, 1>(v, live, e * L, pt, o + e * L, wide, share(e, all));
+        weigh<E, decltype(type)::type, decltype(n)::value>(v, live, v_units, w.pt + r * kUnits, w.o + r * wide, wide, r == 0 ? ahead : Ahead{});
       });
     });
   }
