@@ -119,6 +119,7 @@ struct BlockBias {
   alignas(64) double ubase[kBM];
   alignas(64) S uloc2[kBM];    // the same of two_sided's future
   alignas(64) double ubase2[kBM];
+  S gm_least, gm_most;
 
   void init(const HeadBias<S>& hb, int64_t i0, int64_t rows, int64_t I0) {
     if (!(pos::is_rel_fn(hb.form) || hb.form == BiasForm::fire || hb.form == BiasForm::two_sided || hb.mapped)) return;
@@ -129,6 +130,11 @@ struct BlockBias {
       else if (hb.w) { uloc[l] = hb.w[I0 + r]; ubase[l] = hb.base ? hb.base[(I0 + r) / kPrefixBlock] : 0; }
       else { uloc[l] = S(l); ubase[l] = double(I0); }
       if (hb.w2) { uloc2[l] = hb.w2[I0 + r]; ubase2[l] = hb.base2 ? hb.base2[(I0 + r) / kPrefixBlock] : 0; }
+    }
+    gm_least = gm_most = gm[0];
+    for (int64_t l = 1; l < kBM; ++l) {
+      gm_least = gm[l] < gm_least ? gm[l] : gm_least;
+      gm_most = gm[l] > gm_most ? gm[l] : gm_most;
     }
   }
 };
@@ -986,11 +992,12 @@ struct BlockScale {
 // Strips know float32 alone.
 inline bool exact_rows(const AttnParams& p) { return pos::has_terms(p.bias) && (p.residual.p || p.bias.row_e || p.bias.col_e); }
 
+// Whether Terms::reach knows what the terms of a tile can add to a score.
+inline bool is_bounded(const Bias& b) { return !(b.rows || b.cols || b.row_e || b.col_e || b.dense || b.factor || b.pairs); }
+
 // log2 of the probability all skipped tiles of a row may hold, spread over the keys.
 inline double skip_log2(const AttnParams& p) {
-  const Bias& b = p.bias;
-  const bool unbounded = b.rows || b.cols || b.row_e || b.col_e || b.dense || b.factor || b.pairs;
-  if (!(p.skip_eps > 0) || (b.form == BiasForm::none) || unbounded) return -__builtin_inf();
+  if (!(p.skip_eps > 0) || p.bias.form == BiasForm::none || !is_bounded(p.bias)) return -__builtin_inf();
   return __builtin_log2(p.skip_eps) - __builtin_log2(double(p.Nk > 1 ? p.Nk : 1));
 }
 

@@ -317,11 +317,11 @@ struct Forward {
     tb.init(x.hb, *w.block, p, x.I0, x.lanes, j0, js, je);
     mask.q_ids = w.ids;
     bool exact = true;
-    if (!x.empty && (!w.terms || skip > -1e300)) {
+    if (!x.empty && (!w.terms || is_bounded(p.bias))) {
       if (w.terms) terms.reach(tb, *w.reach, j0, js, je);
       const Bound bound = judge(tb, x.hb, kv.k_norm[t], w, terms, x.I0, j0 + js, j0 + je - 1, x.lanes);
       if (skip > -1e300 && bound.forgettable) { ++x.decayed; return; }
-      exact = w.terms || !bound.harmless;
+      exact = !bound.harmless;
     }
     ++x.visited;
     tile(kv, t, j0, js, je, tb, mask, terms, w, x.lanes, x.empty, exact);

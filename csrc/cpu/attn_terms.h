@@ -126,7 +126,9 @@ struct Terms {
   void compose(const TileBias<S>& tb, const S* c, S* s, int64_t P, S* cap, int64_t j0, int64_t c0, int64_t c1) const {
     const Bias& bias = p().bias;
     const S* om = call.omega_of(h);
-    for (int64_t j = c0; j < c1; ++j)
+    // Without a step between the two, the pieces are added as the products are scaled.
+    const bool at_once = bias.form == BiasForm::fire && !om && !bias.factor && !bias.pairs && !(p().softcap > 0 && !p().softcap_bias);
+    for (int64_t j = c0; !at_once && j < c1; ++j)
       for (int64_t l = 0; l < lanes; l += L) {
         V x = V::load(s + j * P + l) * V::load(c + l);
         if (om) x = x * V::load(om + (I0 - j0) + l - j);
@@ -138,7 +140,7 @@ struct Terms {
       by_segment(bias.pairs, j0, c0, c1, [&](int64_t a, int64_t e, int64_t l, V f) {
         for (int64_t j = a; j < e; ++j) fma(f, V(S(kLog2e)), V::load(s + j * P + l)).store(s + j * P + l);
       });
-    if (bias.form == BiasForm::fire) add_pieces(tb, s, P, c0, c1);
+    if (bias.form == BiasForm::fire) add_pieces(tb, at_once ? c : nullptr, s, P, c0, c1);
     if (hb.mapped && pos::is_table(bias.form)) add_mapped(tb, s, P, c0, c1);
     if (bias.rows || bias.cols) add_indexed(s, P, j0, c0, c1);
     if constexpr (E::kPack == 1)
@@ -217,8 +219,7 @@ struct Terms {
   }
   // The largest value of the pieces where the numerator lies in [n0, n1]: at an end, or where a piece begins.
   S highest_piece(S n0, S n1) const {
-    S g0 = bb.gm[0], g1 = bb.gm[0];
-    for (int64_t l = 1; l < rows; ++l) g0 = min_of(g0, bb.gm[l]), g1 = max_of(g1, bb.gm[l]);
+    const S g0 = bb.gm_least, g1 = bb.gm_most;
     S x0 = kInf<S>, x1 = -kInf<S>;
     const S ends[4] = {n0 * g0, n0 * g1, n1 * g0, n1 * g1};
     for (const S x : ends) x0 = min_of(x0, x), x1 = max_of(x1, x);
@@ -277,7 +278,7 @@ struct Terms {
   }
 
   Block numerators(const TileBias<S>& tb, int64_t a, int64_t e) const {
-    V least(kInf<S>), most(-kInf<S>), g_least(kInf<S>), g_most(-kInf<S>);
+    V least(kInf<S>), most(-kInf<S>);
     const auto see = [&](V n) {
       least = min(n, least);
       most = max(n, most);
@@ -299,11 +300,7 @@ struct Terms {
       see(V::load(tb.table + lanes - a - L));
       r.n = tb.table - a, r.step = -1;
     }
-    for (int64_t l = 0; l < lanes; l += L) {
-      g_least = min(V::load(bb.gm + l), g_least);
-      g_most = max(V::load(bb.gm + l), g_most);
-    }
-    const S n0 = lowest(least), n1 = highest(most), g0 = lowest(g_least), g1 = highest(g_most);
+    const S n0 = lowest(least), n1 = highest(most), g0 = bb.gm_least, g1 = bb.gm_most;
     const S ends[4] = {n0 * g0, n0 * g1, n1 * g0, n1 * g1};
     S lo = ends[0], hi = ends[0];
     for (const S x : ends) {
@@ -319,19 +316,20 @@ struct Terms {
     return r;
   }
 
-  void add_pieces(const TileBias<S>& tb, S* s, int64_t P, int64_t c0, int64_t c1) const {
+  // s of keys [c0, c1) times c (null: 1), plus the pieces.
+  void add_pieces(const TileBias<S>& tb, const S* c, S* s, int64_t P, int64_t c0, int64_t c1) const {
     const S *t = begin(), *m = slope(), *n = intercept();
     const V unit{S(kLog2e)};
     for (int64_t a = c0; a < c1; a += kSub) {
       const int64_t e = a + kSub < c1 ? a + kSub : c1;
       const Block r = numerators(tb, a, e);
       for (int64_t l = 0; l < lanes; l += L) {
-        const V gm = V::load(bb.gm + l);
+        const V gm = V::load(bb.gm + l), scale = c ? V::load(c + l) : V(S(1));
         const S* num = r.n + l;
         S* row = s + a * P + l;
         if (r.lo == r.hi) {
           const V sl = gm * V(m[r.lo]) * unit, in = V(n[r.lo]) * unit;
-          for (int64_t j = a; j < e; ++j, num += r.step, row += P) (fma(sl, V::load(num), in) + V::load(row)).store(row);
+          for (int64_t j = a; j < e; ++j, num += r.step, row += P) fma(V::load(row), scale, fma(sl, V::load(num), in)).store(row);
           continue;
         }
         for (int64_t j = a; j < e; ++j, num += r.step, row += P) {
@@ -342,7 +340,7 @@ struct Terms {
             sl = select(past, V(m[k]), sl);
             in = select(past, V(n[k]), in);
           }
-          fma(fma(sl, x, in), unit, V::load(row)).store(row);
+          fma(V::load(row), scale, fma(sl, x, in) * unit).store(row);
         }
       }
     }
