@@ -6,7 +6,8 @@
 #
 # Variables: PYTHON (the interpreter to start from), PIP_ARGS (added to every pip install, for instance an index with
 # CPU builds of torch), PYTEST_ARGS, DEMO_ARGS, DEV_ISAS (for make dev: compile "avx2;generic" only, say), DEV_CUDA (for
-# make dev: ON compiles the CUDA kernels too), BIN (the folder of the python that make dev uses).
+# make dev: ON compiles the CUDA kernels too), DEV_EMULATE_AVX512 (for make dev: ON compiles the AVX-512 kernels for a processor
+# without AVX-512, see csrc/emu/avx512.h), BIN (the folder of the python that make dev uses).
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +16,7 @@ PYTEST_ARGS ?= -q -n 2
 DEMO_ARGS ?= --quick
 
 DEV_CUDA ?= OFF
+DEV_EMULATE_AVX512 ?= OFF
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -39,7 +41,7 @@ wheel: $(VENV)/.build
 
 # No dependency on $(VENV): BIN may name another environment.
 dev:
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python" "-DFASTPE_CUDA=$(DEV_CUDA)" $(if $(DEV_ISAS),"-DFASTPE_ISAS=$(DEV_ISAS)")
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN))/python" "-DFASTPE_CUDA=$(DEV_CUDA)" "-DFASTPE_EMULATE_AVX512=$(DEV_EMULATE_AVX512)" $(if $(DEV_ISAS),"-DFASTPE_ISAS=$(DEV_ISAS)")
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/dev
 	PATH="$(abspath $(BIN)):$$PATH" cmake --install build/dev --prefix python
 
