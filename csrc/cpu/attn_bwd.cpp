@@ -206,8 +206,7 @@ struct Backward {
   int64_t head0 = 0, heads = 0;
   KVPack<E>* packs = nullptr;
   S *dk = nullptr, *dv = nullptr;  // (wave, split, copies, Nk, padded channels), (wave, split, Nk, padded channels)
-  char* worker_base = nullptr;
-  size_t worker_bytes = 0;
+  Workers workers;
   int taking_turns = 1;  // blocks of queries
   double skip = 0;       // log2 of what a skipped pair may hold
   // Private bias sums: (B, H, split, ...), and per-row sums (B, H, Nq), which one task owns.
@@ -249,7 +248,7 @@ struct Backward {
 
   // Scratch of `count` blocks, which share what a tile needs.
   void scratch(int worker, BwdScratch<E>* w, int count) const {
-    Carver c{worker_base + size_t(worker) * worker_bytes};
+    Carver c = workers.at(worker);
     w[0].carve(c, p, keep_raw());
     for (int g = 1; g < count; ++g) {
       w[g] = w[0];
@@ -264,27 +263,23 @@ struct Backward {
   void carve_pack(KVPack<E>& k, Carver& c) const { k.carve(c, p, call.nk_tiles, true, true, false); }
 
   void run() {
-    BwdScratch<E> probe;
-    Carver pc{nullptr};
-    probe.carve(pc, p, keep_raw());
     skip = skip_log2(p) - skip_weight();
     // A walk reads K twice, V, dK and dV.
     taking_turns = turns(p.Nk * (2 * p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack + p.Nk * (dp + dvp) * int64_t(sizeof(S)), pos::is_composed(p));
-    for (int g = 1; g < taking_turns; ++g) probe.carve_block(pc, p);
-    worker_bytes = (pc.used + 127) / 64 * 64;
-    Carver oc{nullptr};
-    KVPack<E> one;
-    carve_pack(one, oc);
-    Carver sizes{nullptr};
-    call.carve(sizes, true);  // how long the strips' tables are
+    workers.measure(bytes_of([&](Carver& c) {
+      BwdScratch<E> w;
+      w.carve(c, p, keep_raw());
+      for (int g = 1; g < taking_turns; ++g) w.carve_block(c, p);
+    }));
+    const int64_t pack_bytes = bytes_of([&](Carver& c) { KVPack<E> k; carve_pack(k, c); });
+    bytes_of([&](Carver& c) { call.carve(c, true); });  // how long the strips' tables are
     const int64_t grad_each = splits * (p.Nk * ((want_k ? copies * dp : 0) + (want_v ? dvp : 0)) + group * (row_places() + col_places() + key_places()));
     const int64_t total = p.B * p.Hk;
-    const int64_t wave = one_by_one ? 1 : wave_heads(int64_t(oc.used) + grad_each * int64_t(sizeof(S)), splits, total, rt.threads, int64_t(14) << 20);
+    const int64_t wave = one_by_one ? 1 : wave_heads(pack_bytes + grad_each * int64_t(sizeof(S)), splits, total, rt.threads, int64_t(14) << 20);
     const int64_t bh = p.B * p.H;
     const auto layout = [&](Carver& c) {
       call.carve(c, true);
-      packs = c.take<KVPack<E>>(wave);
-      worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
+      workers.carve(c, rt.threads);
       dk = want_k ? c.take<S>(wave * splits * copies * p.Nk * dp) : nullptr;
       dv = want_v ? c.take<S>(wave * splits * p.Nk * dvp) : nullptr;
       g_params = want_params ? c.take<S>(bh * splits * 2) : nullptr;
@@ -305,18 +300,9 @@ struct Backward {
       g_col_k = want_col_k ? c.take<S>(wave * group * splits * key_places()) : nullptr;
       t_row_e = want_row_e ? c.take<double>(call.row_strip.heads(p) * p.bias.terms_len * p.bias.strip_d) : nullptr;
       t_col_e = want_col_e ? c.take<double>(call.col_strip.heads(p) * p.bias.terms_len * p.bias.strip_d) : nullptr;
-      for (int64_t i = 0; i < wave; ++i) {
-        KVPack<E> k;
-        carve_pack(k, c);
-        if (c.base) packs[i] = k;
-        c.used = (c.used + 63) / 64 * 64;
-      }
+      packs = carve_packs<KVPack<E>>(c, wave, [&](KVPack<E>& k, Carver& at) { carve_pack(k, at); });
     };
-    Carver measure{nullptr};
-    layout(measure);
-    char* mem = static_cast<char*>(rt.alloc(measure.used + 64));
-    Carver real{mem};
-    layout(real);
+    const Memory memory(rt, layout);
     call.prepare();
     if (call.strip_tasks()) rt.parallel(call.strip_tasks(), [](void* self, int64_t t, int) { static_cast<Backward*>(self)->call.strip_task(t); }, this);
     if (t_row_e) std::memset(t_row_e, 0, size_t(call.row_strip.heads(p) * p.bias.terms_len * p.bias.strip_d) * sizeof(double));
@@ -333,7 +319,6 @@ struct Backward {
       if (want_strips) add_strips();
     }
     reduce_bias();
-    rt.release(mem);
   }
 
   int64_t strip_dp() const { return padded<S>(p.bias.strip_d); }

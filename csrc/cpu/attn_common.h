@@ -14,6 +14,7 @@
 #include "../pos/visible.h"
 #include "attn_strips.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
 namespace {
@@ -24,19 +25,6 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.6931471805599453094;
 
 template <class S> constexpr S kInf = S(__builtin_inf());
-
-// Scratch memory cut into aligned pieces; the first pass with base == nullptr measures.
-struct Carver {
-  char* base;
-  size_t used = 0;
-  template <class T>
-  T* take(int64_t n) {
-    used = (used + 63) / 64 * 64;
-    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += size_t(n) * sizeof(T);
-    return p;
-  }
-};
 
 // ---- tables over the distance ------------------------------------------------------------------------------------
 // A table form is expanded once per head to one number per offset t = I - j (clamps applied, log2 e folded in), with

@@ -153,15 +153,14 @@ struct Forward {
   TileStats* stats;
   int64_t head0 = 0, heads = 0;  // wave: flattened (batch, kv head)
   KVPack<E>* packs = nullptr;
-  char* worker_base = nullptr;
-  size_t worker_bytes = 0;
+  Workers workers;
   int taking_turns = 1;  // blocks of a task
 
   Forward(const AttnParams& params, const Runtime& runtime, TileStats* st) : p(params), call(params), rt(runtime), stats(st) {}
 
   // Scratch of `count` blocks, which share what a tile needs.
   void scratch(int worker, FwdScratch<E>* w, int count) const {
-    Carver c{worker_base + size_t(worker) * worker_bytes};
+    Carver c = workers.at(worker);
     w[0].carve(c, p);
     for (int g = 1; g < count; ++g) {
       w[g] = w[0];
@@ -177,36 +176,24 @@ struct Forward {
   int64_t q_step() const { return p.D / E::kPack * kBM; }
 
   void run() {
-    FwdScratch<E> probe;
-    Carver pc{nullptr};
-    probe.carve(pc, p);
-    KVPack<E> one;
-    Carver oc{nullptr};
-    one.carve(oc, p, call.nk_tiles, false, false, true);
+    const auto carve_pack = [&](KVPack<E>& k, Carver& c) { k.carve(c, p, call.nk_tiles, false, false, true); };
+    const int64_t pack_bytes = bytes_of([&](Carver& c) { KVPack<E> k; carve_pack(k, c); });
     const int64_t total = p.B * p.Hk;
-    const int64_t wave = wave_heads(int64_t(oc.used), p.H / p.Hk * call.nq_blocks, total, rt.threads, int64_t(8) << 20);
+    const int64_t wave = wave_heads(pack_bytes, p.H / p.Hk * call.nq_blocks, total, rt.threads, int64_t(8) << 20);
     taking_turns = turns(p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack, pos::is_composed(p));
     // Short tasks where they are few: the last ones to finish should not leave other workers idle.
     while (taking_turns > 1 && rt.threads > 1 && wave * (p.H / p.Hk) * call.nq_blocks / taking_turns < 16 * rt.threads) taking_turns /= 2;
-    for (int g = 1; g < taking_turns; ++g) probe.carve_block(pc, p);
-    worker_bytes = (pc.used + 127) / 64 * 64;
-    char* mem = nullptr;
+    workers.measure(bytes_of([&](Carver& c) {
+      FwdScratch<E> w;
+      w.carve(c, p);
+      for (int g = 1; g < taking_turns; ++g) w.carve_block(c, p);
+    }));
     const auto layout = [&](Carver& c) {
       call.carve(c, false);
-      packs = c.take<KVPack<E>>(wave);
-      worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
-      for (int64_t i = 0; i < wave; ++i) {
-        KVPack<E> k;
-        k.carve(c, p, call.nk_tiles, false, false, true);
-        if (c.base) packs[i] = k;
-        c.used = (c.used + 63) / 64 * 64;
-      }
+      workers.carve(c, rt.threads);
+      packs = carve_packs<KVPack<E>>(c, wave, carve_pack);
     };
-    Carver measure{nullptr};
-    layout(measure);
-    mem = static_cast<char*>(rt.alloc(measure.used + 64));
-    Carver real{mem};
-    layout(real);
+    const Memory memory(rt, layout);
     call.prepare();
     if (call.strip_tasks()) rt.parallel(call.strip_tasks(), [](void* self, int64_t task, int) { static_cast<Forward*>(self)->call.strip_task(task); }, this);
     for (head0 = 0; head0 < total; head0 += wave) {
@@ -214,7 +201,6 @@ struct Forward {
       rt.parallel(heads * call.nk_tiles, [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->pack_task(task, worker); }, this);
       rt.parallel(heads * tasks_each(), [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->block_task(task, worker); }, this);
     }
-    rt.release(mem);
   }
 
   void pack_task(int64_t task, int worker) {

@@ -87,8 +87,7 @@ struct CopeBackward {
   S *dk = nullptr, *dv = nullptr, *dgk = nullptr;  // (wave, split, Nk, padded channels)
   S *dtable = nullptr, *dtable_sum = nullptr;      // (wave, split, D, ldz); (D, ldz)
   S* table_rows = nullptr;                         // table_scale * table transposed, (npos, dp)
-  char* worker_base = nullptr;
-  size_t worker_bytes = 0;
+  Workers workers;
 
   bool needs(int64_t bit) const { return (a.needs & bit) != 0; }
 
@@ -102,21 +101,18 @@ struct CopeBackward {
 
   Scratch scratch(int worker) const {
     Scratch w;
-    Carver m{worker_base + size_t(worker) * worker_bytes};
+    Carver m = workers.at(worker);
     w.carve(m, c);
     return w;
   }
 
   void run() {
-    Scratch probe;
-    Carver pm{nullptr};
-    probe.carve(pm, c);
-    worker_bytes = (pm.used + 127) / 64 * 64;
+    workers.measure(bytes_of([&](Carver& m) { Scratch().carve(m, c); }));
     const int64_t per_head = splits * (p.Nk * ((want_k ? dp : 0) + (want_v ? dvp : 0) + (want_gate_k ? gp : 0)) + (want_table ? p.D * c.ldz : 0));
     const int64_t total = p.B * p.Hk;
     const int64_t wave = wave_heads(c.pack_bytes(true) + per_head * int64_t(sizeof(S)), splits, total, rt.threads, int64_t(14) << 20);
     const auto layout = [&](Carver& m) {
-      worker_base = m.take<char>(int64_t(worker_bytes) * rt.threads);
+      workers.carve(m, rt.threads);
       dk = want_k ? m.take<S>(wave * splits * p.Nk * dp) : nullptr;
       dv = want_v ? m.take<S>(wave * splits * p.Nk * dvp) : nullptr;
       dgk = want_gate_k ? m.take<S>(wave * splits * p.Nk * gp) : nullptr;
@@ -125,11 +121,7 @@ struct CopeBackward {
       table_rows = c.table && want_q ? m.take<S>(c.npos * dp) : nullptr;
       c.carve_packs(m, wave, true);
     };
-    Carver measure{nullptr};
-    layout(measure);
-    char* mem = static_cast<char*>(rt.alloc(measure.used + 64));
-    Carver real{mem};
-    layout(real);
+    const Memory memory(rt, layout);
     c.prepare();
     if (dtable_sum) std::memset(dtable_sum, 0, size_t(p.D * c.ldz) * sizeof(S));
     if (table_rows) {
@@ -151,7 +143,6 @@ struct CopeBackward {
       for (int64_t d = 0; d < p.D; ++d)
         for (int64_t n = 0; n < c.npos; ++n) out[d * c.npos + n] = dtable_sum[d * c.ldz + n] * S(c.c.table_scale);
     }
-    rt.release(mem);
   }
 
   void pack_task(int64_t task, int worker) {

@@ -222,11 +222,11 @@ struct CopeCall {
     }
   }
   int64_t pack_bytes(bool backward) const {
-    Carver m{nullptr};
-    KVPack<E> k;
-    k.carve(m, p, call.nk_tiles, backward, backward, !backward);
-    if (own_gates) k.carve(m, gate, call.nk_tiles, false, backward, false);
-    return int64_t(m.used);
+    return bytes_of([&](Carver& m) {
+      KVPack<E> k;
+      k.carve(m, p, call.nk_tiles, backward, backward, !backward);
+      if (own_gates) k.carve(m, gate, call.nk_tiles, false, backward, false);
+    });
   }
 
   void prepare() {

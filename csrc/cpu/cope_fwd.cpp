@@ -40,40 +40,31 @@ struct CopeForward {
   const Runtime& rt;
   TileStats* stats;
   int64_t head0 = 0, heads = 0;
-  char* worker_base = nullptr;
-  size_t worker_bytes = 0;
+  Workers workers;
 
   CopeForward(const CopeParams& params, const Runtime& runtime, TileStats* st) : c(params), p(params.attn), plain(params.attn, runtime, nullptr), rt(runtime), stats(st) {}
 
   Scratch scratch(int worker) const {
     Scratch w;
-    Carver m{worker_base + size_t(worker) * worker_bytes};
+    Carver m = workers.at(worker);
     w.carve(m, c);
     return w;
   }
 
   void run() {
-    Scratch probe;
-    Carver pm{nullptr};
-    probe.carve(pm, c);
-    worker_bytes = (pm.used + 127) / 64 * 64;
+    workers.measure(bytes_of([&](Carver& m) { Scratch().carve(m, c); }));
     const int64_t total = p.B * p.Hk, wave = wave_heads(c.pack_bytes(false), p.H / p.Hk * c.call.nq_blocks, total, rt.threads, int64_t(8) << 20);
     const auto layout = [&](Carver& m) {
-      worker_base = m.take<char>(int64_t(worker_bytes) * rt.threads);
+      workers.carve(m, rt.threads);
       c.carve_packs(m, wave, false);
     };
-    Carver measure{nullptr};
-    layout(measure);
-    char* mem = static_cast<char*>(rt.alloc(measure.used + 64));
-    Carver real{mem};
-    layout(real);
+    const Memory memory(rt, layout);
     c.prepare();
     for (head0 = 0; head0 < total; head0 += wave) {
       heads = total - head0 < wave ? total - head0 : wave;
       rt.parallel(heads * c.call.nk_tiles, [](void* self, int64_t t, int w) { static_cast<CopeForward*>(self)->pack_task(t, w); }, this);
       rt.parallel(heads * (p.H / p.Hk) * c.call.nq_blocks, [](void* self, int64_t t, int w) { static_cast<CopeForward*>(self)->block_task(t, w); }, this);
     }
-    rt.release(mem);
   }
 
   void pack_task(int64_t task, int worker) {

@@ -242,8 +242,7 @@ struct Decode {
   const int64_t keys, split, splits, k_units, v_units;
   const int64_t size;  // bytes of a stored number
   S *part_m = nullptr, *part_l = nullptr, *part_o = nullptr;  // (splits, B, Hk, units, R) and (.., Dv)
-  char* worker_base = nullptr;
-  size_t worker_bytes = 0;
+  Workers workers;
 
   Decode(const DecodeParams& params, const Runtime& runtime, TileStats* st)
       : d(params), p(params.attn), rt(runtime), stats(st),
@@ -316,31 +315,22 @@ struct Decode {
   int64_t query_of(const Unit& u, int64_t r) const { return !d.list ? r % p.Nq : u.sub % p.Nq; }
 
   void run() {
-    Scratch probe;
-    Carver pc{nullptr};
-    probe.carve(pc, *this);
-    worker_bytes = (pc.used + 127) / 64 * 64;
+    workers.measure(bytes_of([&](Carver& c) { Scratch().carve(c, *this); }));
     const int64_t units = p.B * p.Hk * units_per_head;
-    char* mem = nullptr;
     const auto layout = [&](Carver& c) {
       part_m = c.take<S>(splits * units * R);
       part_l = c.take<S>(splits * units * R);
       part_o = c.take<S>(splits * units * R * p.Dv);
-      worker_base = c.take<char>(int64_t(worker_bytes) * rt.threads);
+      workers.carve(c, rt.threads);
     };
-    Carver measure{nullptr};
-    layout(measure);
-    mem = static_cast<char*>(rt.alloc(measure.used + 64));
-    Carver real{mem};
-    layout(real);
+    const Memory memory(rt, layout);
     rt.parallel(splits * units, [](void* self, int64_t task, int worker) { static_cast<Decode*>(self)->split_task(task, worker); }, this);
     rt.parallel(p.B * p.H, [](void* self, int64_t task, int worker) { static_cast<Decode*>(self)->join_task(task, worker); }, this);
-    rt.release(mem);
   }
 
   Scratch scratch(int worker) const {
     Scratch w;
-    Carver c{worker_base + size_t(worker) * worker_bytes};
+    Carver c = workers.at(worker);
     w.carve(c, *this);
     return w;
   }

@@ -53,8 +53,7 @@ struct LandmarkBackward {
   const int64_t splits, dp, dvp;
   int64_t head0 = 0, heads = 0;
   S *dk = nullptr, *dv = nullptr;  // (wave, split, Nk, padded channels)
-  char* worker_base = nullptr;
-  size_t worker_bytes = 0;
+  Workers workers;
 
   LandmarkBackward(const LandmarkBwdParams& params, const Runtime& runtime)
       : a(params), c(params.fwd, true), p(params.fwd.attn), rt(runtime), want_q(params.needs & need_q), want_k(params.needs & need_k), want_v(params.needs & need_v),
@@ -62,46 +61,26 @@ struct LandmarkBackward {
 
   Scratch scratch(int worker) const {
     Scratch w;
-    Carver m{worker_base + size_t(worker) * worker_bytes};
+    Carver m = workers.at(worker);
     w.carve(m, c);
     return w;
   }
 
   void run() {
-    Carver size{nullptr};
-    c.carve_plans(size);
-    char* plan_mem = static_cast<char*>(rt.alloc(size.used + 64));
-    Carver at_plans{plan_mem};
-    c.carve_plans(at_plans);
+    const Memory plans(rt, [&](Carver& m) { c.carve_plans(m); });
     c.make_plans();
-
-    Scratch probe;
-    Carver pm{nullptr};
-    probe.carve(pm, c);
-    worker_bytes = (pm.used + 127) / 64 * 64;
-    LandmarkPack<E> one;
-    Carver om{nullptr};
-    c.carve_pack(one, om);
+    workers.measure(bytes_of([&](Carver& m) { Scratch().carve(m, c); }));
+    const int64_t pack_bytes = bytes_of([&](Carver& m) { LandmarkPack<E> k; c.carve_pack(k, m); });
     const int64_t grad_each = splits * p.Nk * ((want_k ? dp : 0) + (want_v ? dvp : 0));
     const int64_t total = p.B * p.Hk;
-    const int64_t wave = wave_heads(int64_t(om.used) + grad_each * int64_t(sizeof(S)), splits, total, rt.threads, int64_t(14) << 20);
+    const int64_t wave = wave_heads(pack_bytes + grad_each * int64_t(sizeof(S)), splits, total, rt.threads, int64_t(14) << 20);
     const auto layout = [&](Carver& m) {
-      c.packs = m.take<LandmarkPack<E>>(wave);
-      worker_base = m.take<char>(int64_t(worker_bytes) * rt.threads);
+      workers.carve(m, rt.threads);
       dk = want_k ? m.take<S>(wave * splits * p.Nk * dp) : nullptr;
       dv = want_v ? m.take<S>(wave * splits * p.Nk * dvp) : nullptr;
-      for (int64_t i = 0; i < wave; ++i) {
-        LandmarkPack<E> k;
-        c.carve_pack(k, m);
-        if (m.base) c.packs[i] = k;
-        m.used = (m.used + 63) / 64 * 64;
-      }
+      c.packs = carve_packs<LandmarkPack<E>>(m, wave, [&](LandmarkPack<E>& k, Carver& at) { c.carve_pack(k, at); });
     };
-    Carver measure{nullptr};
-    layout(measure);
-    char* mem = static_cast<char*>(rt.alloc(measure.used + 64));
-    Carver real{mem};
-    layout(real);
+    const Memory memory(rt, layout);
     using Self = LandmarkBackward;
     for (head0 = 0; head0 < total; head0 += wave) {
       heads = total - head0 < wave ? total - head0 : wave;
@@ -109,8 +88,6 @@ struct LandmarkBackward {
       rt.parallel(heads * splits, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->split_task(t, w); }, this);
       if (want_k || want_v) rt.parallel(heads * store_blocks(), [](void* self, int64_t t, int w) { static_cast<Self*>(self)->store_task(t, w); }, this);
     }
-    rt.release(mem);
-    rt.release(plan_mem);
   }
 
   void pack_task(int64_t task, int worker) {

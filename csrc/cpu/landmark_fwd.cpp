@@ -41,57 +41,34 @@ struct LandmarkForward {
   Forward<E> plain;
   const Runtime& rt;
   int64_t head0 = 0, heads = 0;
-  char* worker_base = nullptr;
-  size_t worker_bytes = 0;
+  Workers workers;
 
   LandmarkForward(const LandmarkParams& params, const Runtime& runtime) : c(params, false), p(params.attn), plain(params.attn, runtime, nullptr), rt(runtime) {}
 
   Scratch scratch(int worker) const {
     Scratch w;
-    Carver m{worker_base + size_t(worker) * worker_bytes};
+    Carver m = workers.at(worker);
     w.carve(m, c);
     return w;
   }
 
   void run() {
-    Carver size{nullptr};
-    c.carve_plans(size);
-    char* plan_mem = static_cast<char*>(rt.alloc(size.used + 64));
-    Carver at_plans{plan_mem};
-    c.carve_plans(at_plans);
+    const Memory plans(rt, [&](Carver& m) { c.carve_plans(m); });
     c.make_plans();
-
-    Scratch probe;
-    Carver pm{nullptr};
-    probe.carve(pm, c);
-    worker_bytes = (pm.used + 127) / 64 * 64;
-    LandmarkPack<E> one;
-    Carver om{nullptr};
-    c.carve_pack(one, om);
-    const int64_t total = p.B * p.Hk, wave = wave_heads(int64_t(om.used), c.group * c.nq_blocks, total, rt.threads, int64_t(8) << 20);
+    workers.measure(bytes_of([&](Carver& m) { Scratch().carve(m, c); }));
+    const int64_t pack_bytes = bytes_of([&](Carver& m) { LandmarkPack<E> k; c.carve_pack(k, m); });
+    const int64_t total = p.B * p.Hk, wave = wave_heads(pack_bytes, c.group * c.nq_blocks, total, rt.threads, int64_t(8) << 20);
     const auto layout = [&](Carver& m) {
-      c.packs = m.take<LandmarkPack<E>>(wave);
-      worker_base = m.take<char>(int64_t(worker_bytes) * rt.threads);
-      for (int64_t i = 0; i < wave; ++i) {
-        LandmarkPack<E> k;
-        c.carve_pack(k, m);
-        if (m.base) c.packs[i] = k;
-        m.used = (m.used + 63) / 64 * 64;
-      }
+      workers.carve(m, rt.threads);
+      c.packs = carve_packs<LandmarkPack<E>>(m, wave, [&](LandmarkPack<E>& k, Carver& at) { c.carve_pack(k, at); });
     };
-    Carver measure{nullptr};
-    layout(measure);
-    char* mem = static_cast<char*>(rt.alloc(measure.used + 64));
-    Carver real{mem};
-    layout(real);
+    const Memory memory(rt, layout);
     using Self = LandmarkForward;
     for (head0 = 0; head0 < total; head0 += wave) {
       heads = total - head0 < wave ? total - head0 : wave;
       rt.parallel(heads * c.max_tiles, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->pack_task(t, w); }, this);
       rt.parallel(heads * c.group * c.nq_blocks, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->block_task(t, w); }, this);
     }
-    rt.release(mem);
-    rt.release(plan_mem);
   }
 
   void pack_task(int64_t task, int worker) {

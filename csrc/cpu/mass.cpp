@@ -31,32 +31,18 @@ struct Mass {
         first_block(a.mass ? 0 : (p.Nq - a.rows) / kBM), parts(a.mass ? tiles::backward_splits(p.B * p.H, call.nq_blocks) : call.nq_blocks - first_block) {}
 
   void run() {
-    FwdScratch<E> probe;
-    Carver pc{nullptr};
-    probe.carve(pc, p);
-    plain.worker_bytes = (pc.used + 127) / 64 * 64;
-    KVPack<E> one;
-    Carver oc{nullptr};
-    one.carve(oc, p, call.nk_tiles, false, false, false);
-    const int64_t total = p.B * p.Hk, wave = wave_heads(int64_t(oc.used), group * parts, total, rt.threads, int64_t(8) << 20);
+    plain.workers.measure(bytes_of([&](Carver& c) { FwdScratch<E>().carve(c, p); }));
+    const auto carve_pack = [&](KVPack<E>& k, Carver& c) { k.carve(c, p, call.nk_tiles, false, false, false); };
+    const int64_t pack_bytes = bytes_of([&](Carver& c) { KVPack<E> k; carve_pack(k, c); });
+    const int64_t total = p.B * p.Hk, wave = wave_heads(pack_bytes, group * parts, total, rt.threads, int64_t(8) << 20);
     const auto layout = [&](Carver& c) {
       plain.call.carve(c);
-      plain.packs = c.take<KVPack<E>>(wave);
-      plain.worker_base = c.take<char>(int64_t(plain.worker_bytes) * rt.threads);
+      plain.workers.carve(c, rt.threads);
+      plain.packs = carve_packs<KVPack<E>>(c, wave, carve_pack);
       sums = a.mass ? c.take<S>(wave * group * parts * p.Nk) : nullptr;
       turned = a.mass ? nullptr : c.take<S>(int64_t(rt.threads) * kBM * kBN<E>);
-      for (int64_t i = 0; i < wave; ++i) {
-        KVPack<E> k;
-        k.carve(c, p, call.nk_tiles, false, false, false);
-        if (c.base) plain.packs[i] = k;
-        c.used = (c.used + 63) / 64 * 64;
-      }
     };
-    Carver measure{nullptr};
-    layout(measure);
-    char* mem = static_cast<char*>(rt.alloc(measure.used + 64));
-    Carver real{mem};
-    layout(real);
+    const Memory memory(rt, layout);
     plain.call.prepare();
     using Self = Mass;
     if (call.strip_tasks()) rt.parallel(call.strip_tasks(), [](void* self, int64_t t, int) { static_cast<Self*>(self)->call.strip_task(t); }, this);
@@ -67,7 +53,6 @@ struct Mass {
       rt.parallel(heads * group * parts, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->part_task(t, w); }, this);
       if (a.mass) rt.parallel(heads * group, [](void* self, int64_t t, int w) { static_cast<Self*>(self)->sum_task(t); }, this);
     }
-    rt.release(mem);
   }
 
   int64_t flat_head(int64_t x) const { return (head0 + x / group) * group + x % group; }  // b * H + h

@@ -14,8 +14,7 @@ struct Merge {
   const MergeParams& p;
   const MergeBwdParams* back;  // null: forward
   const int64_t blocks;
-  char* base = nullptr;
-  size_t bytes = 0;
+  Workers workers;
 
   struct Scratch {
     S *w;         // (P,kBM) weights
@@ -35,18 +34,14 @@ struct Merge {
   Merge(const MergeParams& params, const MergeBwdParams* b) : p(params), back(b), blocks(tiles::ceil_div(params.N, kBM)) {}
 
   void run(const Runtime& rt) {
-    Scratch probe;
-    Carver measure{nullptr};
-    probe.carve(measure, p);
-    bytes = (measure.used + 127) / 64 * 64;
-    base = static_cast<char*>(rt.alloc(bytes * size_t(rt.threads)));
+    workers.measure(bytes_of([&](Carver& c) { Scratch().carve(c, p); }));
+    const Memory memory(rt, [&](Carver& c) { workers.carve(c, rt.threads); });
     rt.parallel(p.B * p.H * blocks, [](void* self, int64_t task, int worker) { static_cast<Merge*>(self)->block(task, worker); }, this);
-    rt.release(base);
   }
 
   void block(int64_t task, int worker) {
     Scratch s;
-    Carver c{base + size_t(worker) * bytes};
+    Carver c = workers.at(worker);
     s.carve(c, p);
     const int64_t bh = task / blocks, b = bh / p.H, h = bh % p.H, i0 = task % blocks * kBM;
     const int64_t rows = p.N - i0 < kBM ? p.N - i0 : kBM, row0 = bh * p.N + i0;
