@@ -99,6 +99,10 @@ def test_operators_need_no_python_and_no_cuda():
     assert not [n for n in names if "python" in n or "cuda" in n]
 
 
+# The address of the C++ runtime's own routine, which the destructors of scratch memory bring: no code of an instruction set.
+PERSONALITY = "DW.ref.__gxx_personality_v0"
+
+
 def test_symbols_of_an_instruction_set():
     """A weak symbol, or one outside the set's own namespace, could be picked by the linker for every processor."""
     nm = tool("nm")
@@ -108,11 +112,11 @@ def test_symbols_of_an_instruction_set():
     for path in objects:
         isa = re.search(r"fastpe_isa_(\w+)\.dir", str(path)).group(1)
         out = subprocess.run([nm, "-C", "--defined-only", "--extern-only", str(path)], capture_output=True, text=True, check=True).stdout
-        symbols = [line.split(maxsplit=2)[2] for line in out.splitlines()]
+        symbols = [line.split(maxsplit=2)[2] for line in out.splitlines() if PERSONALITY not in line]
         assert symbols, path
         assert all(s == f"fastpe_kernels_{isa}" or s.startswith(f"fastpe::cpu::{isa}::") for s in symbols), (path, symbols)
         out = subprocess.run([nm, str(path)], capture_output=True, text=True, check=True).stdout
-        assert not re.findall(r"^\S* [WwVvu] .*$", out, re.M), path
+        assert not [line for line in re.findall(r"^\S* [WwVvu] .*$", out, re.M) if PERSONALITY not in line], path
 
 
 def test_kernel_library_exports_only_its_interface():
