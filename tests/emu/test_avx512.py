@@ -85,6 +85,8 @@ def test_numbers(emulated, seed):
         scaled = np.array([math.nan if np.isnan(x) or np.isnan(y) else float(x) * 2.0 ** float(np.floor(np.clip(y, -400, 400))) for x, y in zip(a, b, strict=True)])
         same(run(emulated, "scalef", a, b, c)[:16], scaled.astype(np.float32))
     fine, *_ = numbers(seed, special=False)
+    small = np.clip(fine, -2e9, 2e9).astype(np.float32)
+    assert (run(emulated, "round", small, b, c, dtype=np.int32)[:16] == np.trunc(small.astype(np.float64)).astype(np.int64)).all()
     total, most = run(emulated, "sums", fine, b, c)[:2]
     assert most == fine.max() and abs(total - fine.astype(np.float64).sum()) <= 2e-6 * np.abs(fine).sum()
 
