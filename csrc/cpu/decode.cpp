@@ -19,7 +19,7 @@ constexpr int64_t kKeys = tiles::kDecodeKeys;
 constexpr int64_t kChunk = 16;  // keys whose operands are prepared together
 constexpr int64_t kChunks = kKeys / kChunk;
 static_assert(kKeys == 64, "the keys a row sees in a tile are one 64-bit number");
-// How far ahead rows are asked for; 1 to 32 KiB take the same time (AMD Zen 3).
+// How far ahead rows are asked for. 1 KiB takes 1.06 times as long, 4 KiB the same (AMD Zen 3).
 constexpr int64_t kAheadBytes = 2048;
 
 // Bits [lo, hi) of a tile.
@@ -41,15 +41,22 @@ FASTPE_INLINE Mask<S> lane_mask(uint64_t bits, int64_t l) {
   return {(b & one) != 0};
 }
 
-// Lane i of v[0] becomes the sum of v[i]: log2 L rounds that halve the vectors.
+// Lane i of v[0] becomes the sum of v[i]: log2 L rounds that halve the vectors. The first two interleave numbers within 16 bytes,
+// one instruction a shuffle; the next ones move 16 bytes and more.
 template <int Step = 1, class S>
 FASTPE_INLINE void sum_each(Vec<S>* v) {
-  constexpr int L = Vec<S>::kLanes;
+  constexpr int L = Vec<S>::kLanes, W = 16 / int(sizeof(S));
   if constexpr (Step < L) {
     typename Vec<S>::RawInt lo, hi;
     for (int l = 0; l < L; ++l) {
-      lo[l] = l & Step ? L + l - Step : l;
-      hi[l] = l & Step ? L + l : l + Step;
+      if (Step < W) {  // W = 4: a0 b0 a1 b1 and a2 b2 a3 b3, then a0 a1 b0 b1 and a2 a3 b2 b3
+        const int at = l % W / Step % 2 * L + l / W * W + l % W / (2 * Step) * Step + l % Step;
+        lo[l] = at;
+        hi[l] = at + W / 2;
+      } else {
+        lo[l] = l & Step ? L + l - Step : l;
+        hi[l] = l & Step ? L + l : l + Step;
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < L; r += 2 * Step) v[r].v = __builtin_shuffle(v[r].v, v[r + Step].v, lo) + __builtin_shuffle(v[r].v, v[r + Step].v, hi);
@@ -72,23 +79,53 @@ FASTPE_INLINE void by_rows(int64_t R, Fn&& f) {
 // What stands for a row that is not there: the widest row of zeros in any type.
 alignas(64) constexpr char kNothing[256 * 8] = {};
 
-// A vector of operands from u on, of a row stored as T: the operand itself, or, where operands are float, 16 bits.
+// Vectors of operands in the piece of a row that is loaded at once. Where operands are float, a piece in bf16 holds two: the even
+// numbers and the odd, one shift or mask each; numbers in a row would take a shuffle too.
 template <class E, DType T>
-FASTPE_INLINE typename E::BVec load_unit(const char* row, int64_t u) {
-  if constexpr (E::kPack == 1 && T == DType::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(row) + u);
-  else if constexpr (E::kPack == 1 && T == DType::f16) return load_f16(reinterpret_cast<const uint16_t*>(row) + u);
-  else return E::load_b(reinterpret_cast<const typename E::U*>(row) + u);
+constexpr int kPieceVecs = E::kPack == 1 && T == DType::bf16 ? 2 : 1;
+template <class E, DType T>
+constexpr int kPieceBytes = E::kPack == 1 && T == DType::f16 ? kVecBytes / 2 : kVecBytes;
+
+// The piece of a row stored as T that starts at unit u.
+template <class E, DType T>
+FASTPE_INLINE void load_piece(const char* row, int64_t u, typename E::BVec* x) {
+  if constexpr (kPieceVecs<E, T> == 2) load_bf16_even_odd(reinterpret_cast<const uint16_t*>(row) + u, x[0], x[1]);
+  else if constexpr (E::kPack == 1 && T == DType::f16) x[0] = load_f16(reinterpret_cast<const uint16_t*>(row) + u);
+  else x[0] = E::load_b(reinterpret_cast<const typename E::U*>(row) + u);
 }
 
 // Rows that will be wanted soon. The rows of a tile come as one stream (keys, values, keys of the next tile), and who reads row x
-// asks for row x + distance: processors follow rows in order, but not the change from keys to values. (Without it 512 MiB of
-// keys and values take 1.5 times as long on AMD Zen 3.)
+// asks for row x + distance: processors follow rows in order, but not the change from keys to values.
 struct Ahead {
   const char* const* row = nullptr;  // null: nothing
-  FASTPE_INLINE void fetch(int64_t x, int64_t count, int64_t bytes) const {
-    if (!row) return;
-    for (int64_t n = x; n < x + count; ++n)
-      for (int64_t e = 0; e < bytes; e += 64) __builtin_prefetch(row[n] + e, 0, 2);
+  int64_t bytes = 0;                 // of a row
+};
+
+// Asks for `rows` rows from row x on, line after line in the order of memory, `Bytes` a step. (AMD Zen 3 drops what exceeds 24
+// requests under way and then meets lines in the order of the products: reading 512 MiB takes 1.1 times as long where whole rows
+// are asked for at once, and another 1.1 where a product goes through four rows side by side, not two.)
+template <int Bytes>
+struct Pace {
+  const char* const* row;
+  const char *at = nullptr, *end = nullptr;
+  int64_t bytes, left;
+  FASTPE_INLINE Pace(const Ahead& ahead, int64_t x, int64_t rows) : row(ahead.row + x), bytes(ahead.bytes), left(rows) {
+    if (!ahead.row || left <= 0) return;
+    at = *row;
+    end = at + bytes;
+  }
+  FASTPE_INLINE void step() {
+    if (!at) return;
+#pragma GCC unroll 16
+    for (int n = 0; n < Bytes; n += 64) {
+      __builtin_prefetch(at, 0, 2);
+      at += Bytes < 64 ? Bytes : 64;
+      if (at >= end) {
+        if (--left <= 0) { at = nullptr; return; }
+        at = *++row;
+        end = at + bytes;
+      }
+    }
   }
 };
 
@@ -113,35 +150,45 @@ inline void bring(const char* const* row, int64_t bytes) {
     for (int64_t e = 0; e < bytes; e += 64) (void)static_cast<const volatile char*>(row[x])[e];
 }
 
-// Bytes of a vector of operands as it is stored.
-template <class E, DType T>
-constexpr int64_t kUnitBytes = E::kPack == 1 && (T == DType::bf16 || T == DType::f16) ? kVecBytes / 2 : kVecBytes;
+// x in a register. The compiler would load what two products use once for each.
+template <class B>
+FASTPE_INLINE B held(B x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x.v));
+#endif
+  return x;
+}
 
 // s[r][x] = <q[r], k[x]> for RB rows and the kChunk keys of a chunk, no more than two keys at a time.
 template <class E, DType T, int RB>
 FASTPE_INLINE void dots(const char* const* k, const typename E::U* q, int64_t units, typename E::S* s, int64_t pitch, const Ahead& ahead) {
   using S = typename E::S;
   using V = Vec<S>;
-  constexpr int L = V::kLanes, KB = L / RB, KI = KB < 2 ? KB : 2;
+  constexpr int L = V::kLanes, KB = L / RB, KI = KB < 2 ? KB : 2, P = kPieceVecs<E, T>;
   for (int64_t x = 0; x < kChunk; x += KB) {
     V acc[L];
 #pragma GCC unroll 8
     for (int y = 0; y < KB; y += KI) {
-      ahead.fetch(x + y, KI, units / L * kUnitBytes<E, T>);
+      Pace<KI * kPieceBytes<E, T>> pace(ahead, x + y, KI);
+      const char* at[KI];
+      for (int i = 0; i < KI; ++i) at[i] = k[x + y + i];
 #pragma GCC unroll 4
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
         for (int i = 0; i < KI; ++i) acc[r * KB + y + i] = V(S(0));
-      for (int64_t u = 0; u < units; u += L) {
-        typename E::BVec kv[KI];
+      for (int64_t u = 0; u < units; u += L * P) {
+        typename E::BVec kv[KI][P];
 #pragma GCC unroll 4
-        for (int i = 0; i < KI; ++i) kv[i] = load_unit<E, T>(k[x + y + i], u);
+        for (int i = 0; i < KI; ++i) load_piece<E, T>(at[i], u, kv[i]);
+        pace.step();
+#pragma GCC unroll 2
+        for (int e = 0; e < P; ++e)
 #pragma GCC unroll 4
-        for (int r = 0; r < RB; ++r) {
-          const typename E::BVec qv = E::load_b(q + r * units + u);
+          for (int r = 0; r < RB; ++r) {
+            const typename E::BVec qv = held(E::load_b(q + r * units + u + e * L));
 #pragma GCC unroll 4
-          for (int i = 0; i < KI; ++i) acc[r * KB + y + i] = E::mac(acc[r * KB + y + i], kv[i], qv);
-        }
+            for (int i = 0; i < KI; ++i) acc[r * KB + y + i] = E::mac(acc[r * KB + y + i], kv[i][e], qv);
+          }
       }
     }
     alignas(64) S t[L];
@@ -152,75 +199,75 @@ FASTPE_INLINE void dots(const char* const* k, const typename E::U* q, int64_t un
   }
 }
 
-// o[r] += P v over the chunks of `live`, all channels of four units of keys at a time, so that a row of values is read
-// whole. In bf16 two keys are interleaved in registers, which leaves the channels of 32 in the order of channel_of.
+// o[r] += P v over the chunks of `live`, all channels of two units of keys at a time, so that a row of values is read whole.
+// In bf16 two keys are interleaved in registers, which leaves the channels in the order of channel_of.
 template <class E, DType T, int RB>
 FASTPE_INLINE void weigh(const char* const* v, uint32_t live, int64_t units, const typename E::U* pt, typename E::S* o, int64_t pitch, const Ahead& ahead) {
   using S = typename E::S;
   using V = Vec<S>;
-  constexpr int L = V::kLanes, G = 4;
-  constexpr int RH = kNV > 2 || RB < 2 ? RB : 2;  // rows at a time: RH x G weights stay in registers
+  constexpr int L = V::kLanes, G = 2, P = kPieceVecs<E, T>, kRows = G * E::kPack;
   constexpr int64_t pt_row = kKeys / E::kPack;
   for (int c = 0; c < kChunks; ++c) {
     if (!(live >> c & 1)) continue;
-    for (int64_t x = c * kChunk; x < (c + 1) * kChunk; x += G * E::kPack) {
-      const char* const* rows = v + x;
-      ahead.fetch(x, G * E::kPack, units / L * kUnitBytes<E, T>);
-      for (int r0 = 0; r0 < RB; r0 += RH) {
-        typename E::BVec w[RH][G];
+    for (int64_t x = c * kChunk; x < (c + 1) * kChunk; x += kRows) {
+      Pace<kRows * kPieceBytes<E, T>> pace(ahead, x, kRows);
+      const char* at[kRows];
+      for (int g = 0; g < kRows; ++g) at[g] = v[x + g];
+      typename E::BVec w[RB][G];
 #pragma GCC unroll 4
-        for (int r = 0; r < RH; ++r)
+      for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) w[r][g] = E::bcast(pt + (r0 + r) * pt_row + x / E::kPack + g);
-        S* to = o + r0 * pitch;
-        if constexpr (E::kPack == 1) {
-          for (int64_t u = 0; u < units; u += L) {
-            typename E::BVec vv[G];
+        for (int g = 0; g < G; ++g) w[r][g] = E::bcast(pt + r * pt_row + x / E::kPack + g);
+      if constexpr (E::kPack == 1) {
+        for (int64_t u = 0; u < units; u += L * P) {
+          typename E::BVec vv[G][P];
 #pragma GCC unroll 4
-            for (int g = 0; g < G; ++g) vv[g] = load_unit<E, T>(rows[g], u);
+          for (int g = 0; g < G; ++g) load_piece<E, T>(at[g], u, vv[g]);
+          pace.step();
 #pragma GCC unroll 4
-            for (int r = 0; r < RH; ++r) {
-              V acc = V::load(to + r * pitch + u);
+          for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 2
+            for (int e = 0; e < P; ++e) {
+              S* to = o + r * pitch + u + e * L;
+              V acc = V::load(to);
 #pragma GCC unroll 4
-              for (int g = 0; g < G; ++g) acc = E::mac(acc, w[r][g], vv[g]);
-              acc.store(to + r * pitch + u);
+              for (int g = 0; g < G; ++g) acc = E::mac(acc, w[r][g], vv[g][e]);
+              acc.store(to);
             }
-          }
-        } else {
+        }
+      } else {
 #if defined(__AVX512BF16__)
-          for (int64_t u = 0; u < units; u += L) {
-            typename E::BVec lo[G], hi[G];
+        for (int64_t u = 0; u < units; u += L) {
+          typename E::BVec lo[G], hi[G];
+#pragma GCC unroll 4
+          for (int g = 0; g < G; ++g) {
+            const __m512i a = E::load_b(reinterpret_cast<const typename E::U*>(at[2 * g]) + u).v, b = E::load_b(reinterpret_cast<const typename E::U*>(at[2 * g + 1]) + u).v;
+            lo[g].v = _mm512_unpacklo_epi16(a, b);
+            hi[g].v = _mm512_unpackhi_epi16(a, b);
+          }
+          pace.step();
+#pragma GCC unroll 4
+          for (int r = 0; r < RB; ++r) {
+            S* to = o + r * pitch + 2 * u;
+            V first = V::load(to), second = V::load(to + L);
 #pragma GCC unroll 4
             for (int g = 0; g < G; ++g) {
-              const __m512i a = E::load_b(reinterpret_cast<const typename E::U*>(rows[2 * g]) + u).v, b = E::load_b(reinterpret_cast<const typename E::U*>(rows[2 * g + 1]) + u).v;
-              lo[g].v = _mm512_unpacklo_epi16(a, b);
-              hi[g].v = _mm512_unpackhi_epi16(a, b);
+              first = E::mac(first, lo[g], w[r][g]);
+              second = E::mac(second, hi[g], w[r][g]);
             }
-#pragma GCC unroll 4
-            for (int r = 0; r < RH; ++r) {
-              S* at = to + r * pitch + 2 * u;
-              V first = V::load(at), second = V::load(at + L);
-#pragma GCC unroll 4
-              for (int g = 0; g < G; ++g) {
-                first = E::mac(first, lo[g], w[r][g]);
-                second = E::mac(second, hi[g], w[r][g]);
-              }
-              first.store(at);
-              second.store(at + L);
-            }
+            first.store(to);
+            second.store(to + L);
           }
-#endif
         }
+#endif
       }
     }
   }
 }
 
-// The channel that place x of an accumulator row holds.
-template <class E>
-FASTPE_INLINE int64_t channel_of(int64_t x) {
-  if constexpr (E::kPack == 1) return x;
-  // unpacklo and unpackhi work within 128 bits: 8 channels a lane, the first 4 of each to the first vector.
+// The channel that place x of an accumulator row holds where keys were interleaved: unpacklo and unpackhi work within 128 bits,
+// 8 channels a lane, the first 4 of each to the first vector.
+inline int64_t channel_of(int64_t x) {
   const int64_t block = x / 32 * 32, v = x % 32 / 16, l = x % 16;
   return block + l / 4 * 8 + v * 4 + l % 4;
 }
@@ -261,7 +308,7 @@ struct Decode {
 
   struct Scratch {
     U *q, *k, *v, *pt;
-    S *row, *s, *other, *o, *bias, *mul, *y, *m, *l, *scale;
+    S *row, *s, *other, *o, *bias, *mul, *y, *m, *l, *scale, *left;
     HeadBias<S>* heads;
     uint64_t *seen, *common;
     int32_t* list;
@@ -285,6 +332,7 @@ struct Decode {
       m = c.take<S>(t.R);
       l = c.take<S>(t.R);
       scale = c.take<S>(t.R);
+      left = c.take<S>(t.R);
       heads = c.take<HeadBias<S>>(t.group);
       seen = c.take<uint64_t>(t.R);
       common = c.take<uint64_t>(p.Nq);
@@ -412,7 +460,11 @@ struct Decode {
       for (int64_t x = 0; x < regions; ++x) {
         load_turned(w.row, p.q, p.dtype, p.D, region_rope<S>(p.q_rope, int(x)), p.rope_pairs, p.rope_layout, u.b, h, i);
         for (int64_t c = p.D; c < wide; ++c) w.row[c] = 0;
-        pack_row<E>(w.q + (x * R + r) * k_units, w.row, wide);
+        U* q = w.q + (x * R + r) * k_units;
+        if (in_halves(p.D) && !p.k_rope.cos)
+          for (int64_t c = 0; c < wide; ++c) q[c] = U(w.row[c / (2 * L) * (2 * L) + c % L * 2 + c / L % 2]);
+        else
+          pack_row<E>(q, w.row, wide);
       }
       const S* rho = at<S>(p.row_scale, u.b, h);
       w.scale[r] = S(p.scale) * (rho ? rho[i * p.row_scale.sn] : S(1)) * S(kLog2e);
@@ -529,7 +581,11 @@ struct Decode {
     } else {
       for (int64_t c = 0; c < n; c += kChunk) {  // a chunk never crosses a page
         const char* row = row_at(x, u, x0 + c);
-        for (int64_t y = c; y < c + kChunk && y < n; ++y, row += x.sn * size) rows[y] = row;
+        const int64_t step = x.sn * size;
+        if (c + kChunk <= n)
+          for (int64_t y = 0; y < kChunk; ++y) rows[c + y] = row + y * step;
+        else
+          for (int64_t y = 0; y < n - c; ++y) rows[c + y] = row + y * step;
       }
     }
     for (int64_t y = n; y < kKeys; ++y) rows[y] = kNothing;
@@ -545,13 +601,23 @@ struct Decode {
   const char* const* values_of(const Scratch& w) const { return w.stream + kKeys; }
   int64_t distance() const {
     const int64_t rows = kAheadBytes / (p.D * size);
-    return rows < 2 ? 2 : rows > kKeys ? kKeys : rows;
+    return rows < 2 ? 2 : rows > kKeys / 2 ? kKeys / 2 : rows;
+  }
+  // Rows of values that are asked for while P is formed, a line a step.
+  int64_t more() const {
+    const int64_t rows = R * (kKeys / L) * 64 / (p.Dv * size);
+    return rows > kKeys / 2 ? kKeys / 2 : rows;
   }
 
   static constexpr DType kOwn = kOwnType<E>;
   // Whether rows of so many channels are used where they lie: they are operands already, or become so in registers
   // (for every four rows anew, hence a copy for more than eight).
-  bool as_stored(int64_t channels) const { return channels % (L * E::kPack) == 0 && (p.dtype == kOwn || R <= 8); }
+  bool as_stored(int64_t channels) const {
+    const int64_t piece = L * E::kPack * (p.dtype == kOwn || p.dtype != DType::bf16 ? 1 : 2);
+    return channels % piece == 0 && (p.dtype == kOwn || R <= 8);
+  }
+  // Whether such rows are loaded as their even and their odd channels.
+  bool in_halves(int64_t channels) const { return p.dtype == DType::bf16 && kOwn != DType::bf16 && as_stored(channels); }
   // f(tag of the type that rows are stored in)
   template <DType T> struct Stored { static constexpr DType type = T; };
   template <class Fn>
@@ -619,7 +685,7 @@ struct Decode {
     for (int64_t c = 0; c < t.n; c += kChunk) {
       if (!(any >> c & 0xffff)) continue;
       Ahead ahead;
-      if (!t.anywhere) ahead.row = w.stream + c + distance();
+      if (!t.anywhere) ahead = {w.stream + c + distance(), p.D * size};
       Rows16 k{};
       bool loaded = false, first = true;
       for (int x = 0; x < int(regions); ++x) {
@@ -758,6 +824,7 @@ struct Decode {
 
   // Scores, running maximum, P and its sums.
   void soften(const Unit& u, const Tile& t, Scratch& w) const {
+    Pace<64> pace(t.anywhere ? Ahead{} : Ahead{values_of(w) + distance(), p.Dv * size}, 0, more());
     const V cap_in(S(p.softcap > 0 ? kLn2 / p.softcap : 0)), cap_out(S(p.softcap_mul * kLog2e));
     const bool positions = pos::is_rel_fn(p.bias.form);
     Anchor anchor;
@@ -775,7 +842,11 @@ struct Decode {
       const V c(w.scale[r]);
       const uint64_t seen = w.seen[r];
       V best(-kInf<S>);
-      for (int64_t x = 0; x < kKeys; x += L) {
+      const bool plain = !has_bias && !has_factor && p.softcap <= 0 && seen == ~uint64_t(0);
+      w.left[r] = plain ? w.scale[r] : S(1);
+      if (plain)
+        for (int64_t x = 0; x < kKeys; x += L) best = max(V::load(s + x) * c, best);
+      else for (int64_t x = 0; x < kKeys; x += L) {
         V y = V::load(s + x) * c;
         if (has_factor) y = y * V::load(w.mul + x);
         if (p.softcap > 0 && !p.softcap_bias) y = cap_out * tanh(y * cap_in);
@@ -790,10 +861,11 @@ struct Decode {
     }
     for (int64_t r = 0; r < R; ++r) {
       S* s = w.s + r * kKeys;
-      const V m(w.m[r] == -kInf<S> ? S(0) : w.m[r]);
+      const V c(w.left[r]), m(w.m[r] == -kInf<S> ? S(0) : -w.m[r]);
       V sum(S(0));
       for (int64_t x = 0; x < kKeys; x += L) {
-        const V e = exp2(V::load(s + x) - m);
+        const V e = exp2(fma(V::load(s + x), c, m));
+        pace.step();
         sum = sum + e;
         if constexpr (E::kPack == 1) e.store(w.pt + r * kUnits + x);
 #if defined(__AVX512BF16__)
@@ -837,7 +909,7 @@ struct Decode {
         pack_row<E>(out, w.row, wide);
       }
     const char* const* v = stored ? values_of(w) : w.v_rows;
-    const Ahead ahead = t.anywhere ? Ahead{} : Ahead{values_of(w) + distance()};
+    const Ahead ahead = t.anywhere ? Ahead{} : Ahead{values_of(w) + distance() + more(), p.Dv * size};
     as_type(stored ? p.dtype : kOwn, [&](auto type) {
       by_rows<S>(R, [&](auto n, int64_t r) {
         weigh<E, decltype(type)::type, decltype(n)::value>(v, live, v_units, w.pt + r * kUnits, w.o + r * wide, wide, r == 0 ? ahead : Ahead{});
@@ -853,11 +925,17 @@ struct Decode {
       if (!started) continue;
       S* out = part_o + x * p.Dv;
       const S* o = w.o + r * v_units * E::kPack;
-      if constexpr (E::kPack == 1) {
-        std::memcpy(out, o, size_t(p.Dv) * sizeof(S));
-      } else {
+      if constexpr (E::kPack != 1) {
         for (int64_t e = 0; e < v_units * E::kPack; ++e)
-          if (const int64_t c = channel_of<E>(e); c < p.Dv) out[c] = o[e];
+          if (const int64_t c = channel_of(e); c < p.Dv) out[c] = o[e];
+      } else if (in_halves(p.Dv)) {
+        for (int64_t c = 0; c < p.Dv; c += 2 * L)
+          for (int l = 0; l < L; ++l) {
+            out[c + 2 * l] = o[c + l];
+            out[c + 2 * l + 1] = o[c + L + l];
+          }
+      } else {
+        std::memcpy(out, o, size_t(p.Dv) * sizeof(S));
       }
     }
   }

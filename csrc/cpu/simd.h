@@ -437,5 +437,13 @@ FASTPE_INLINE void store_bf16_two(uint16_t* p, VF x, uint16_t* q, VF y) { store_
 FASTPE_INLINE void store_f16(uint16_t* p, VF x) { for (int l = 0; l < VF::kLanes; ++l) p[l] = float_to_f16(x.v[l]); }
 #endif
 
+// 2 L numbers in bf16 from p on: the even ones, which are the lower halves of words, and the odd ones.
+FASTPE_INLINE void load_bf16_even_odd(const uint16_t* p, VF& even, VF& odd) {
+  VF::RawInt words;
+  std::memcpy(&words, p, sizeof(words));
+  even.v = VF::Raw(words << 16);
+  odd.v = VF::Raw(words & int32_t(0xffff0000));
+}
+
 }  // namespace
 }  // namespace fastpe::cpu::FASTPE_ISA
