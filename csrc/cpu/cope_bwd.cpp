@@ -387,7 +387,8 @@ struct CopeBackward {
     const Int moved = at - n;
     if (!any_nonzero<S>(moved)) return;
     const Int jumped = (moved != 0) & (moved != 1);
-    store_lanes(dz, rows + at + 1, Int(moved != 0), hi);
+    // All lanes: an entry that stays open is written again when it closes, and branches a lane could not be foreseen.
+    store_lanes(dz, rows + at + 1, ~Int{}, hi);
     if (any_nonzero<S>(jumped)) store_lanes(dz, rows + at, jumped, lo);
     hi = select(Mask<S>{Int(moved == 0)}, hi, select(Mask<S>{jumped}, V(S(0)), lo));
     lo = select(Mask<S>{Int(moved == 0)}, lo, V(S(0)));

@@ -51,7 +51,7 @@ FASTPE_INLINE bool any_nonzero(LaneInt<S> x) {
 #endif
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 // (z[i[0]], z[i[0] + 1], z[i[1]], z[i[1] + 1])
 FASTPE_INLINE __m128 two_pairs(const float* z, const int32_t* i) {
   // The integer types may alias floats, double may not.
@@ -76,6 +76,13 @@ FASTPE_INLINE void load_pairs(const float* z, LaneInt<float> at, VF& lo, VF& hi)
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   lo = VF(VF::Raw(_mm512_permutex2var_ps(a, even, b)));
   hi = VF(VF::Raw(_mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b)));
+#elif defined(__AVX2__)
+  alignas(32) int32_t i[8];
+  _mm256_store_si256((__m256i*)i, (__m256i)at);
+  const __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(two_pairs(z, i)), two_pairs(z, i + 4), 1);
+  const __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(two_pairs(z, i + 2)), two_pairs(z, i + 6), 1);
+  lo = VF(VF::Raw(_mm256_shuffle_ps(a, b, 0x88)));
+  hi = VF(VF::Raw(_mm256_shuffle_ps(a, b, 0xdd)));
 #else
   for (int l = 0; l < VF::kLanes; ++l) {
     lo.v[l] = z[at[l]];

@@ -153,7 +153,7 @@ inline void bring(const char* const* row, int64_t bytes) {
 // x in a register. The compiler would load what two products use once for each.
 template <class B>
 FASTPE_INLINE B held(B x) {
-#if defined(__x86_64__)
+#if defined(__AVX2__) && !defined(FASTPE_EMULATED_AVX512)
   asm("" : "+v"(x.v));
 #endif
   return x;

@@ -299,6 +299,7 @@ FASTPE_EMU __m512 dpbf16_ps(__m512 acc, __m512bh a, __m512bh b) {
 #define _mm512_cvtne2ps_pbh ::fastpe::emu512::cvtne2ps_pbh
 #define _mm512_dpbf16_ps ::fastpe::emu512::dpbf16_ps
 
+#define FASTPE_EMULATED_AVX512 1  // vectors are wider than a register
 #define __AVX512F__ 1
 #define __AVX512BW__ 1
 #define __AVX512DQ__ 1
