@@ -670,6 +670,9 @@ struct Walk {
   }
 };
 
+// What a walk over all keys reads from here on is asked for ahead of its use.
+constexpr int64_t kFarBytes = 256 << 10;
+
 // Blocks of queries that take turns on every key tile, so that a tile is read from far caches once for all of them.
 constexpr int kMaxTurns = 2;
 // How many, for `bytes` read in a walk over all keys: only where those are too much for a processor's own cache. At 4096 and
@@ -799,6 +802,21 @@ struct KVPack {
     if constexpr (E::kPack == 1) return {rows_of(p, x) + t * kBN<E> * p.D, p.D};
     else return {k_pairs + ((copies(p) > 1 ? x : 0) * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D), pad(p.D)};
   }
+  // What a product that comes before may ask for: tile t of the keys as rows, of the values as rows and on the summed axis.
+  Upcoming keys_of(const AttnParams& p, int64_t t) const {
+    return t < 0 ? Upcoming() : Upcoming(rows_of(p, 0) + t * kBN<E> * (p.D / E::kPack), kBN<E> * (p.D / E::kPack) * int64_t(sizeof(U)));
+  }
+  Upcoming rows_of_values(const AttnParams& p, int64_t t) const {
+    return {v_rows + t * kBN<E> * (p.Dv / E::kPack), kBN<E> * (p.Dv / E::kPack) * int64_t(sizeof(U))};
+  }
+  Upcoming summed_keys(const AttnParams& p, int x, int64_t t) const {
+    const Summed k = keys(p, x, t);
+    return {k.at, kUnits * k.ld * int64_t(sizeof(U))};
+  }
+  Upcoming values_of(const AttnParams& p, int64_t t) const {
+    const Summed v = values(p, t);
+    return {v.at, kUnits * v.ld * int64_t(sizeof(U))};
+  }
   Summed values(const AttnParams& p, int64_t t) const {
     if constexpr (E::kPack == 1) return {v_rows + t * kBN<E> * p.Dv, p.Dv};
     else return {v_pairs + t * kUnits * pad(p.Dv), pad(p.Dv)};
@@ -892,11 +910,11 @@ struct KVPack {
 // acc[channel][query] (+)= sum of a[key][channel] b[key][query] over keys [js, je), js and jm at whole units; keys from jm on
 // leave out the first half of the lanes. a and b begin at the tile's first key.
 template <class E>
-FASTPE_INLINE void sum_keys(typename KVPack<E>::Summed a, const typename E::U* b, int64_t ldb, typename E::S* acc, int64_t channels, int64_t js, int64_t jm, int64_t je, int64_t lanes, bool clear) {
+FASTPE_INLINE void sum_keys(typename KVPack<E>::Summed a, const typename E::U* b, int64_t ldb, typename E::S* acc, int64_t channels, int64_t js, int64_t jm, int64_t je, int64_t lanes, bool clear, const Upcoming& next = {}) {
   constexpr int64_t half = kBM / 2;
   const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
-  if (clear) gemm<E, false, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0);
-  else gemm<E, true, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0);
+  if (clear) gemm<E, false, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0, next);
+  else gemm<E, true, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0, next);
   if (jm < je) gemm<E, true, true>(a.at + um * a.ld, a.ld, b + um * ldb + half, ldb, acc + half, kBM, channels, lanes - half, u1 - um);
 }
 
@@ -904,7 +922,7 @@ FASTPE_INLINE void sum_keys(typename KVPack<E>::Summed a, const typename E::U* b
 // the lanes. With regions (qt holds one turned copy of the queries after the other, q_step apart) there is one product a
 // region on the keys it has, and where regions overlap in the tile the second is put over the first by lane.
 template <class E>
-FASTPE_INLINE void tile_scores(const AttnParams& p, const KVPack<E>& kv, const typename E::U* qt, int64_t q_step, const TileMask<typename E::S>& rows, int64_t js, int64_t jm, int64_t je, int64_t lanes, typename E::S* s, int64_t pitch, typename E::S* other) {
+FASTPE_INLINE void tile_scores(const AttnParams& p, const KVPack<E>& kv, const typename E::U* qt, int64_t q_step, const TileMask<typename E::S>& rows, int64_t js, int64_t jm, int64_t je, int64_t lanes, typename E::S* s, int64_t pitch, typename E::S* other, const Upcoming& next = {}) {
   using S = typename E::S;
   using V = Vec<S>;
   constexpr int64_t half = kBM / 2;
@@ -912,7 +930,7 @@ FASTPE_INLINE void tile_scores(const AttnParams& p, const KVPack<E>& kv, const t
   const auto product = [&](int x, S* y, int64_t a, int64_t e) {
     const typename E::U *k = kv.rows_of(p, x) + j0 * ku, *q = qt + x * q_step;
     const int64_t m = jm < a ? a : jm < e ? jm : e;
-    gemm<E, false>(k + a * ku, ku, q, kBM, y + a * pitch, pitch, m - a, lanes, ku);
+    gemm<E, false>(k + a * ku, ku, q, kBM, y + a * pitch, pitch, m - a, lanes, ku, next);
     if (m < e) gemm<E, false>(k + m * ku, ku, q + half, kBM, y + m * pitch + half, pitch, e - m, lanes - half, ku);
   };
   if (p.region.kind == RegionKind::none) return product(0, s, js, je);
