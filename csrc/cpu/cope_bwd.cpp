@@ -264,8 +264,10 @@ struct CopeBackward {
     constexpr int64_t half = kBM / 2;
     const KVPack<E>& kv = c.packs[pack];
     const int64_t j0 = t * kBN<E>, jm = lanes > half ? mask.split : je;
-    c.products(kv.k_rows, p.D / E::kPack, w.qt, w.s, j0, js, jm, je, lanes);
-    c.products(kv.v_rows, p.Dv / E::kPack, w.dot, w.ds, j0, js, jm, je, lanes);
+    // Each product asks for what the next one reads from afar.
+    const auto later = [&](const S* acc, int64_t ld) { return acc ? Upcoming(acc + j0 * ld, kBN<E> * ld * int64_t(sizeof(S))) : Upcoming(); };
+    c.products(kv.k_rows, p.D / E::kPack, w.qt, w.s, j0, js, jm, je, lanes, kv.rows_of_values(p, t));
+    c.products(kv.v_rows, p.Dv / E::kPack, w.dot, w.ds, j0, js, jm, je, lanes, later(sums.v, dvp));
     const S* saved = c.carry(b, h, qb, t);
     std::memcpy(w.count->sum, saved, kBM * sizeof(S));
     std::memcpy(w.count->rest, saved + kBM, kBM * sizeof(S));
@@ -307,18 +309,18 @@ struct CopeBackward {
       }
     }
     const int64_t lda = kBM / E::kPack, qu = tiles::ceil_div(lanes, E::kPack), hu = half / E::kPack;
-    const auto by_key = [&](S* acc, int64_t ld, const U* left, const U* right) {
+    const auto by_key = [&](S* acc, int64_t ld, const U* left, const U* right, const Upcoming& next = {}) {
       if (!acc) return;
-      gemm<E, true>(left + js * lda, lda, right, ld, acc + (j0 + js) * ld, ld, jm - js, ld, qu);
+      gemm<E, true>(left + js * lda, lda, right, ld, acc + (j0 + js) * ld, ld, jm - js, ld, qu, next);
       if (jm < je) gemm<E, true>(left + jm * lda + hu, lda, right + hu * ld, ld, acc + (j0 + jm) * ld, ld, je - jm, ld, qu - hu);
     };
-    by_key(sums.v, dvp, pa, w.dor);
+    by_key(sums.v, dvp, pa, w.dor, later(sums.k, dp));
     by_key(sums.k, dp, dsa, w.qr);
     if (own) by_key(sums.gate_k, gp, gsa, w.gate_qr);
-    const auto by_query = [&](S* acc, int64_t channels, typename KVPack<E>::Summed keys, const U* right, bool clear) {
-      sum_keys<E>(keys, right, kBM, acc, channels, js, jm, je, lanes, clear);
+    const auto by_query = [&](S* acc, int64_t channels, typename KVPack<E>::Summed keys, const U* right, bool clear, const Upcoming& next = {}) {
+      sum_keys<E>(keys, right, kBM, acc, channels, js, jm, je, lanes, clear, next);
     };
-    if (want_q) by_query(w.dq, p.D, kv.keys(p, 0, t), dsb, first);
+    if (want_q) by_query(w.dq, p.D, kv.keys(p, 0, t), dsb, first, kv.keys_of(p, t + 1));
     if (first && want_gate_q) std::memset(w.dgq, 0, size_t(c.c.G * kBM) * sizeof(S));
     if (own && c.c.gate_q.p && want_gate_q) by_query(w.dgq, c.c.G, c.gate_packs[pack].keys(c.gate, 0, t), gsb, false);
     if (own && !c.c.gate_q.p && want_q) by_query(w.dq, p.D, c.gate_packs[pack].keys(c.gate, 0, t), gsb, false);
@@ -486,7 +488,8 @@ struct CopeBackward {
         store_lanes(w.dz + l * c.ldz, at, ~Int{}, V::load(w.open->lo + l));
         store_lanes(w.dz + l * c.ldz, at + 1, ~Int{}, V::load(w.open->hi + l));
       }
-      if (sums.table) gemm<TableOp<S>, true>(w.q_t, kBM, w.dz, c.ldz, sums.table, c.ldz, p.D, dz_done, lanes);
+      for (int64_t n = 0; sums.table && n < dz_done; n += kTableStep)
+        gemm<TableOp<S>, true>(w.q_t, kBM, w.dz + n, c.ldz, sums.table + n, c.ldz, p.D, dz_done - n < kTableStep ? dz_done - n : kTableStep, lanes);
     }
     if (want_q) {
       if (empty) std::memset(w.rows, 0, size_t(rows * dp) * sizeof(S));
@@ -494,7 +497,9 @@ struct CopeBackward {
       if (table) {
         for (int64_t r = 0; dp > p.D && r < rows; ++r)
           for (int64_t d = p.D; d < dp; ++d) w.rows[r * dp + d] = 0;
-        gemm<TableOp<S>, true>(w.dz, c.ldz, table_rows, dp, w.rows, dp, rows, dp, dz_done < c.npos ? dz_done : c.npos);
+        const int64_t entries = dz_done < c.npos ? dz_done : c.npos;
+        for (int64_t n = 0; n < entries; n += kTableStep)
+          gemm<TableOp<S>, true>(w.dz + n, c.ldz, table_rows + n * dp, dp, w.rows, dp, rows, dp, entries - n < kTableStep ? entries - n : kTableStep);
       }
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * dp;

@@ -19,6 +19,9 @@ template <> constexpr int64_t kBN<CopeBF16> = kCopeBlockK;
 #endif
 static_assert(kBN<OpF32> == kCopeBlockK && kBN<OpF64> == kCopeBlockK);
 
+// Products with a table go through its entries so many at a time: what all rows of a block read again stays in the L1.
+constexpr int64_t kTableStep = 64;
+
 // The table product is formed in the score type, whatever the storage type.
 template <class S> using TableOp = std::conditional_t<sizeof(S) == 8, OpF64, OpF32>;
 
@@ -261,7 +264,7 @@ struct CopeCall {
     want = tiles::round_up(want, 64);
     if (want > ldz) want = ldz;
     if (want <= done) return;
-    gemm<TableOp<S>, false>(q, p.D, packed + done, ldz, z + done, ldz, lanes, want - done, p.D);
+    for (; done < want; done += kTableStep) gemm<TableOp<S>, false>(q, p.D, packed + done, ldz, z + done, ldz, lanes, want - done < kTableStep ? want - done : kTableStep, p.D);
     done = want;
   }
 
@@ -269,9 +272,9 @@ struct CopeCall {
   S gate_factor() const { return S(c.gate_scale * kLog2e); }
 
   // The scores (and gate products) of a tile.
-  FASTPE_INLINE void products(const U* a, int64_t ku, const U* bt, S* out, int64_t j0, int64_t js, int64_t jm, int64_t je, int64_t lanes) const {
+  FASTPE_INLINE void products(const U* a, int64_t ku, const U* bt, S* out, int64_t j0, int64_t js, int64_t jm, int64_t je, int64_t lanes, const Upcoming& next = {}) const {
     constexpr int64_t half = kBM / 2;
-    gemm<E, false>(a + (j0 + js) * ku, ku, bt, kBM, out + js * kBM, kBM, jm - js, lanes, ku);
+    gemm<E, false>(a + (j0 + js) * ku, ku, bt, kBM, out + js * kBM, kBM, jm - js, lanes, ku, next);
     if (jm < je) gemm<E, false>(a + (j0 + jm) * ku, ku, bt + half, kBM, out + jm * kBM + half, kBM, je - jm, lanes - half, ku);
   }
 };
