@@ -208,7 +208,6 @@ struct Backward {
   S *dk = nullptr, *dv = nullptr;  // (wave, split, copies, Nk, padded channels), (wave, split, Nk, padded channels)
   Workers workers;
   int taking_turns = 1;  // blocks of queries
-  bool far = false;      // a head's keys, values and their gradients do not stay in a processor's own cache
   double skip = 0;       // log2 of what a skipped pair may hold
   // Private bias sums: (B, H, split, ...), and per-row sums (B, H, Nq), which one task owns.
   S *g_params = nullptr, *g_w = nullptr, *g_table = nullptr, *g_u = nullptr, *g_gamma = nullptr, *g_rho = nullptr;
@@ -266,9 +265,7 @@ struct Backward {
   void run() {
     skip = skip_log2(p) - skip_weight();
     // A walk reads K twice, V, dK and dV.
-    const int64_t read = p.Nk * (2 * p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack + p.Nk * (dp + dvp) * int64_t(sizeof(S));
-    far = read >= kFarBytes;
-    taking_turns = turns(read, pos::is_composed(p));
+    taking_turns = turns(p.Nk * (2 * p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack + p.Nk * (dp + dvp) * int64_t(sizeof(S)), pos::is_composed(p));
     workers.measure(bytes_of([&](Carver& c) {
       BwdScratch<E> w;
       w.carve(c, p, keep_raw());
@@ -608,9 +605,8 @@ struct Backward {
     constexpr int64_t half = kBM / 2;
     const int64_t jm = lanes > half ? mask.split : je;
     // Each product asks for what the next one reads from afar.
-    const auto later = [&](const S* acc, int64_t ld) { return far && acc ? Upcoming(acc + j0 * ld, kBN<E> * ld * int64_t(sizeof(S))) : Upcoming(); };
-    tile_scores(p, kv, w.qt, qt_step(), mask, js, jm, je, lanes, s, P, w.other + kMargin<S>, far ? kv.rows_of_values(p, t) : Upcoming());
-    gemm<E, false>(kv.v_rows + (j0 + js) * vu, vu, w.dot, kBM, ds + js * P, P, jm - js, lanes, vu, later(dv_acc, dvp));
+    tile_scores(p, kv, w.qt, qt_step(), mask, js, jm, je, lanes, s, P, w.other + kMargin<S>, kv.next_values(p, t));
+    gemm<E, false>(kv.v_rows + (j0 + js) * vu, vu, w.dot, kBM, ds + js * P, P, jm - js, lanes, vu, kv.next_sum(dv_acc, j0, dvp));
     if (jm < je) gemm<E, false>(kv.v_rows + (j0 + jm) * vu, vu, w.dot + half, kBM, ds + jm * P + half, P, je - jm, lanes - half, vu);
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
@@ -649,7 +645,7 @@ struct Backward {
     if constexpr (E::kPack == 1)
       if (want_strips) w.strips.finish_tile(call.row_strip, call.col_strip, terms.h, lanes, j0, want_row_q, bg.row_e, bg.col_k, bg.col_e);
     const U* pa = E::kPack == 1 ? reinterpret_cast<const U*>(s) : w.pa;
-    if (dv_acc) by_key(dv_acc + j0 * dvp, dvp, pa, w.dor, js, jm, je, lanes, later(dk_acc, dp));
+    if (dv_acc) by_key(dv_acc + j0 * dvp, dvp, pa, w.dor, js, jm, je, lanes, kv.next_sum(dk_acc, j0, dp));
     if (!want_q && !want_k) return;
     if (only >= 0) return by_region(kv, t, j0, only, ds, w, js, jm, je, lanes, dk_acc, touched);
     for (int x = 0; x < regions; ++x) {
@@ -683,12 +679,12 @@ struct Backward {
   // dK and dQ of keys [js, je), js at a whole unit, which all belong to region x as far as dS is not 0.
   void by_region(const KVPack<E>& kv, int64_t t, int64_t j0, int x, const S* ds, BwdScratch<E>& w, int64_t js, int64_t jm, int64_t je, int64_t lanes, S* dk_acc, Touched& touched) const {
     constexpr int64_t P = kPitch<S>;
-    if (dk_acc) by_key(dk_acc + ((copies > 1 ? x : 0) * p.Nk + j0) * dp, dp, E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa, w.qr + x * qr_step(), js, jm, je, lanes, far && want_q && E::kPack != 1 ? kv.summed_keys(p, x, t) : Upcoming());
+    if (dk_acc) by_key(dk_acc + ((copies > 1 ? x : 0) * p.Nk + j0) * dp, dp, E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa, w.qr + x * qr_step(), js, jm, je, lanes, want_q && E::kPack != 1 ? kv.next(kv.keys(p, x, t)) : Upcoming());
     if (!want_q) return;
     const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsb;
     const int64_t ldb = E::kPack == 1 ? P : kBM;
     // The split is at a whole unit (Call::classify); a range cut by a region may end inside one.
-    sum_keys<E>(kv.keys(p, x, t), dsb, ldb, w.dq + x * p.D * kBM, p.D, js, jm, je, lanes, !(touched >> x & 1), far ? kv.keys_of(p, t - 1) : Upcoming());
+    sum_keys<E>(kv.keys(p, x, t), dsb, ldb, w.dq + x * p.D * kBM, p.D, js, jm, je, lanes, !(touched >> x & 1), kv.next_keys(p, t - 1));
     touched |= Touched(1) << x;
   }
 

@@ -670,9 +670,6 @@ struct Walk {
   }
 };
 
-// What a walk over all keys reads from here on is asked for ahead of its use.
-constexpr int64_t kFarBytes = 256 << 10;
-
 // Blocks of queries that take turns on every key tile, so that a tile is read from far caches once for all of them.
 constexpr int kMaxTurns = 2;
 // How many, for `bytes` read in a walk over all keys: only where those are too much for a processor's own cache. At 4096 and
@@ -788,6 +785,7 @@ struct KVPack {
   U *k_own = nullptr, *v_own = nullptr;          // room for them, unless they serve in place
   U *k_pairs = nullptr, *v_pairs = nullptr;      // (copies, tiles, kUnits, padded D), (tiles, kUnits, padded Dv)
   S* k_norm = nullptr;                           // (tiles) upper bound of |k_j| over the tile
+  bool far = false;                              // keys and values do not stay in a processor's own cache
 
   static int64_t pad(int64_t n) { return tiles::round_up(n, Vec<S>::kLanes); }
   // Rotated copies of the keys: one a region, unless all turn keys alike or the key alone decides.
@@ -802,25 +800,17 @@ struct KVPack {
     if constexpr (E::kPack == 1) return {rows_of(p, x) + t * kBN<E> * p.D, p.D};
     else return {k_pairs + ((copies(p) > 1 ? x : 0) * tiles::ceil_div(p.Nk, kBN<E>) + t) * kUnits * pad(p.D), pad(p.D)};
   }
-  // What a product that comes before may ask for: tile t of the keys as rows, of the values as rows and on the summed axis.
-  Upcoming keys_of(const AttnParams& p, int64_t t) const {
-    return t < 0 ? Upcoming() : Upcoming(rows_of(p, 0) + t * kBN<E> * (p.D / E::kPack), kBN<E> * (p.D / E::kPack) * int64_t(sizeof(U)));
-  }
-  Upcoming rows_of_values(const AttnParams& p, int64_t t) const {
-    return {v_rows + t * kBN<E> * (p.Dv / E::kPack), kBN<E> * (p.Dv / E::kPack) * int64_t(sizeof(U))};
-  }
-  Upcoming summed_keys(const AttnParams& p, int x, int64_t t) const {
-    const Summed k = keys(p, x, t);
-    return {k.at, kUnits * k.ld * int64_t(sizeof(U))};
-  }
-  Upcoming values_of(const AttnParams& p, int64_t t) const {
-    const Summed v = values(p, t);
-    return {v.at, kUnits * v.ld * int64_t(sizeof(U))};
-  }
   Summed values(const AttnParams& p, int64_t t) const {
     if constexpr (E::kPack == 1) return {v_rows + t * kBN<E> * p.Dv, p.Dv};
     else return {v_pairs + t * kUnits * pad(p.Dv), pad(p.Dv)};
   }
+
+  // What a product that comes before may ask for, nothing unless it is far: tile t of the rows of keys and values, a tile on the
+  // summed axis, the tile at j0 of a sum over keys (or null).
+  Upcoming next_keys(const AttnParams& p, int64_t t) const { return t < 0 ? Upcoming() : next_rows(rows_of(p, 0), p.D, t); }
+  Upcoming next_values(const AttnParams& p, int64_t t) const { return next_rows(v_rows, p.Dv, t); }
+  Upcoming next(Summed x) const { return far ? Upcoming(x.at, kUnits * x.ld * int64_t(sizeof(U))) : Upcoming(); }
+  Upcoming next_sum(const S* acc, int64_t j0, int64_t ld) const { return far && acc ? Upcoming(acc + j0 * ld, kBN<E> * ld * int64_t(sizeof(S))) : Upcoming(); }
 
   void carve(Carver& c, const AttnParams& p, int64_t nt, bool rows_v, bool keys_summed, bool values_summed) {
     constexpr bool same = E::kPack == 1;
@@ -829,6 +819,7 @@ struct KVPack {
     if (!same && keys_summed) k_pairs = c.take<U>(copies(p) * nt * kUnits * pad(p.D));
     if (!same && values_summed) v_pairs = c.take<U>(nt * kUnits * pad(p.Dv));
     k_norm = c.take<S>(nt);
+    far = p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack >= kFarBytes;
   }
 
   // Packs tile t; rows: scratch of BN x max(D, Dv) scalars and a vector.
@@ -885,6 +876,11 @@ struct KVPack {
   }
 
  private:
+  static constexpr int64_t kFarBytes = 256 << 10;
+  Upcoming next_rows(const U* rows, int64_t channels, int64_t t) const {
+    const int64_t units = kBN<E> * (channels / E::kPack);
+    return far ? Upcoming(rows + t * units, units * int64_t(sizeof(U))) : Upcoming();
+  }
   // Tile [j0, j0 + n) of rows that hold bf16 pairs already: copies and zips them without a way through float32.
   template <class Fn>
   static bool repack(const View& x, DType type, int64_t b, int64_t hk, int64_t j0, int64_t n, int64_t D, U* packed, U* pairs, Fn&& measure) {

@@ -155,7 +155,6 @@ struct Forward {
   KVPack<E>* packs = nullptr;
   Workers workers;
   int taking_turns = 1;  // blocks of a task
-  bool far = false;      // a head's keys and values do not stay in a processor's own cache
 
   Forward(const AttnParams& params, const Runtime& runtime, TileStats* st) : p(params), call(params), rt(runtime), stats(st) {}
 
@@ -181,7 +180,6 @@ struct Forward {
     const int64_t pack_bytes = bytes_of([&](Carver& c) { KVPack<E> k; carve_pack(k, c); });
     const int64_t total = p.B * p.Hk;
     const int64_t wave = wave_heads(pack_bytes, p.H / p.Hk * call.nq_blocks, total, rt.threads, int64_t(8) << 20);
-    far = p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack >= kFarBytes;
     taking_turns = turns(p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack, pos::is_composed(p));
     // Short tasks where they are few: the last ones to finish should not leave other workers idle.
     while (taking_turns > 1 && rt.threads > 1 && wave * (p.H / p.Hk) * call.nq_blocks / taking_turns < 16 * rt.threads) taking_turns /= 2;
@@ -339,7 +337,7 @@ struct Forward {
   void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, bool first, bool exact) const {
     constexpr int64_t half = kBM / 2;
     const int64_t jm = lanes > half ? mask.split : je;
-    tile_scores(p, kv, w.qt, q_step(), mask, js, jm, je, lanes, w.s, kBM, w.other, far ? kv.values_of(p, t) : Upcoming());
+    tile_scores(p, kv, w.qt, q_step(), mask, js, jm, je, lanes, w.s, kBM, w.other, kv.next(kv.values(p, t)));
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
     if (w.terms) {
@@ -385,7 +383,7 @@ struct Forward {
       });
     });
     const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(w.s) : w.pt;
-    sum_keys<E>(kv.values(p, t), pb, kBM, w.o, p.Dv, js, jm, je, lanes, first, far ? kv.keys_of(p, t - 1) : Upcoming());
+    sum_keys<E>(kv.values(p, t), pb, kBM, w.o, p.Dv, js, jm, je, lanes, first, kv.next_keys(p, t - 1));
   }
 
   void finish(int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t lanes, bool empty, FwdScratch<E>& w) const {

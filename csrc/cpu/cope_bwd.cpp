@@ -265,9 +265,8 @@ struct CopeBackward {
     const KVPack<E>& kv = c.packs[pack];
     const int64_t j0 = t * kBN<E>, jm = lanes > half ? mask.split : je;
     // Each product asks for what the next one reads from afar.
-    const auto later = [&](const S* acc, int64_t ld) { return acc ? Upcoming(acc + j0 * ld, kBN<E> * ld * int64_t(sizeof(S))) : Upcoming(); };
-    c.products(kv.k_rows, p.D / E::kPack, w.qt, w.s, j0, js, jm, je, lanes, kv.rows_of_values(p, t));
-    c.products(kv.v_rows, p.Dv / E::kPack, w.dot, w.ds, j0, js, jm, je, lanes, later(sums.v, dvp));
+    c.products(kv.k_rows, p.D / E::kPack, w.qt, w.s, j0, js, jm, je, lanes, kv.next_values(p, t));
+    c.products(kv.v_rows, p.Dv / E::kPack, w.dot, w.ds, j0, js, jm, je, lanes, kv.next_sum(sums.v, j0, dvp));
     const S* saved = c.carry(b, h, qb, t);
     std::memcpy(w.count->sum, saved, kBM * sizeof(S));
     std::memcpy(w.count->rest, saved + kBM, kBM * sizeof(S));
@@ -314,13 +313,13 @@ struct CopeBackward {
       gemm<E, true>(left + js * lda, lda, right, ld, acc + (j0 + js) * ld, ld, jm - js, ld, qu, next);
       if (jm < je) gemm<E, true>(left + jm * lda + hu, lda, right + hu * ld, ld, acc + (j0 + jm) * ld, ld, je - jm, ld, qu - hu);
     };
-    by_key(sums.v, dvp, pa, w.dor, later(sums.k, dp));
+    by_key(sums.v, dvp, pa, w.dor, kv.next_sum(sums.k, j0, dp));
     by_key(sums.k, dp, dsa, w.qr);
     if (own) by_key(sums.gate_k, gp, gsa, w.gate_qr);
     const auto by_query = [&](S* acc, int64_t channels, typename KVPack<E>::Summed keys, const U* right, bool clear, const Upcoming& next = {}) {
       sum_keys<E>(keys, right, kBM, acc, channels, js, jm, je, lanes, clear, next);
     };
-    if (want_q) by_query(w.dq, p.D, kv.keys(p, 0, t), dsb, first, kv.keys_of(p, t + 1));
+    if (want_q) by_query(w.dq, p.D, kv.keys(p, 0, t), dsb, first, kv.next_keys(p, t + 1));
     if (first && want_gate_q) std::memset(w.dgq, 0, size_t(c.c.G * kBM) * sizeof(S));
     if (own && c.c.gate_q.p && want_gate_q) by_query(w.dgq, c.c.G, c.gate_packs[pack].keys(c.gate, 0, t), gsb, false);
     if (own && !c.c.gate_q.p && want_q) by_query(w.dq, p.D, c.gate_packs[pack].keys(c.gate, 0, t), gsb, false);

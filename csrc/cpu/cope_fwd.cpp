@@ -208,7 +208,7 @@ struct CopeForward {
     const KVPack<E>& kv = c.packs[pack];
     constexpr int64_t half = kBM / 2;
     const int64_t j0 = t * kBN<E>, jm = lanes > half ? mask.split : je;
-    c.products(kv.k_rows, p.D / E::kPack, f.qt, f.s, j0, js, jm, je, lanes, kv.values_of(p, t));
+    c.products(kv.k_rows, p.D / E::kPack, f.qt, f.s, j0, js, jm, je, lanes, kv.next(kv.values(p, t)));
     alignas(64) S mx[kBM], alpha[kBM], m_safe[kBM];
     if (saturated) {
       with_bool(mask.partial(), [&](auto tested) {
@@ -247,7 +247,7 @@ struct CopeForward {
       prob_pass<E, Kind::none, pos::Phi<BiasForm::signed_>, true, decltype(g)::value>(none, alpha, f.s, f.pt, js, je, l, m_safe, f.l);
     });
     const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(f.s) : f.pt;
-    sum_keys<E>(kv.values(p, t), pb, kBM, f.o, p.Dv, js, jm, je, lanes, first, kv.keys_of(p, t - 1));
+    sum_keys<E>(kv.values(p, t), pb, kBM, f.o, p.Dv, js, jm, je, lanes, first, kv.next_keys(p, t - 1));
   }
 };
 

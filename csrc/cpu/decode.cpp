@@ -581,11 +581,8 @@ struct Decode {
     } else {
       for (int64_t c = 0; c < n; c += kChunk) {  // a chunk never crosses a page
         const char* row = row_at(x, u, x0 + c);
-        const int64_t step = x.sn * size;
-        if (c + kChunk <= n)
-          for (int64_t y = 0; y < kChunk; ++y) rows[c + y] = row + y * step;
-        else
-          for (int64_t y = 0; y < n - c; ++y) rows[c + y] = row + y * step;
+        const int64_t step = x.sn * size, end = n - c < kChunk ? n - c : kChunk;
+        for (int64_t y = 0; y < end; ++y) rows[c + y] = row + y * step;
       }
     }
     for (int64_t y = n; y < kKeys; ++y) rows[y] = kNothing;
@@ -613,11 +610,11 @@ struct Decode {
   // Whether rows of so many channels are used where they lie: they are operands already, or become so in registers
   // (for every four rows anew, hence a copy for more than eight).
   bool as_stored(int64_t channels) const {
-    const int64_t piece = L * E::kPack * (p.dtype == kOwn || p.dtype != DType::bf16 ? 1 : 2);
-    return channels % piece == 0 && (p.dtype == kOwn || R <= 8);
+    return channels % (L * E::kPack * (has_halves() ? 2 : 1)) == 0 && (p.dtype == kOwn || R <= 8);
   }
   // Whether such rows are loaded as their even and their odd channels.
-  bool in_halves(int64_t channels) const { return p.dtype == DType::bf16 && kOwn != DType::bf16 && as_stored(channels); }
+  bool has_halves() const { return p.dtype == DType::bf16 && kOwn != DType::bf16; }
+  bool in_halves(int64_t channels) const { return has_halves() && as_stored(channels); }
   // f(tag of the type that rows are stored in)
   template <DType T> struct Stored { static constexpr DType type = T; };
   template <class Fn>
