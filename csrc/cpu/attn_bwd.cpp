@@ -3,9 +3,8 @@
 // Work: for a wave of (batch, kv head) pairs K and V are packed; then one task per (pair, split), where a split is every
 // n-th block of kBM queries of every query head of the group. n depends on shapes alone. A task holds private dK and
 // dV sums over all keys; a last pass adds the splits in order, undoes the rotation and stores.
-// A task, per block of queries (two of a head take turns on every tile where that pays, as in the forward pass): Q and dO are
-// packed four ways (transposed for scores and dP, by rows for dK and dV); per visible key tile, queries in lanes as in the
-// forward pass:
+// A task, per block of queries: Q and dO are packed four ways (transposed for scores and dP, by rows for dK and dV); per visible key
+// tile, queries in lanes as in the forward pass:
 //   S = K Qt, dP = V dOt                         products
 //   P = exp2(S - lse), dS = P (dP - delta)       on a few rows at a time, in L1
 //   gradients of the bias                        from dS while it is there, only the ones asked for
@@ -52,7 +51,6 @@ struct BwdScratch {
 
   static int64_t pad(int64_t d) { return tiles::round_up(d, Vec<S>::kLanes); }
 
-  // What a tile needs.
   void carve(Carver& c, const AttnParams& p, bool keep_raw) {
     const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
     rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 64);
@@ -75,11 +73,6 @@ struct BwdScratch {
     bias = c.take<TileBias<S>>(1);
     reach = c.take<Reach<S>>(1);
     strips.carve(c, p, true);
-    carve_block(c, p);
-  }
-  // What belongs to a block of queries from its first tile to its last.
-  void carve_block(Carver& c, const AttnParams& p) {
-    const int64_t regions = pos::region_count(p.region.kind);
     dq = c.take<S>(regions * p.D * kBM);
     qt = c.take<U>(regions * (p.D / E::kPack * kBM));
     dot = c.take<U>(p.Dv / E::kPack * kBM);
@@ -207,8 +200,7 @@ struct Backward {
   KVPack<E>* packs = nullptr;
   S *dk = nullptr, *dv = nullptr;  // (wave, split, copies, Nk, padded channels), (wave, split, Nk, padded channels)
   Workers workers;
-  int taking_turns = 1;  // blocks of queries
-  double skip = 0;       // log2 of what a skipped pair may hold
+  double skip = 0;  // log2 of what a skipped pair may hold
   // Private bias sums: (B, H, split, ...), and per-row sums (B, H, Nq), which one task owns.
   S *g_params = nullptr, *g_w = nullptr, *g_table = nullptr, *g_u = nullptr, *g_gamma = nullptr, *g_rho = nullptr;
   S *g_omega = nullptr, *g_cols = nullptr, *g_key = nullptr, *g_row = nullptr, *g_factor = nullptr, *g_pairs = nullptr;
@@ -246,31 +238,17 @@ struct Backward {
   int64_t qt_step() const { return p.D / E::kPack * kBM; }
   int64_t qr_step() const { return kBM / E::kPack * dp; }
 
-  // Scratch of `count` blocks, which share what a tile needs.
-  void scratch(int worker, BwdScratch<E>* w, int count) const {
-    Carver c = workers.at(worker);
-    w[0].carve(c, p, keep_raw());
-    for (int g = 1; g < count; ++g) {
-      w[g] = w[0];
-      w[g].carve_block(c, p);
-    }
-  }
   BwdScratch<E> scratch(int worker) const {
     BwdScratch<E> w;
-    scratch(worker, &w, 1);
+    Carver c = workers.at(worker);
+    w.carve(c, p, keep_raw());
     return w;
   }
   void carve_pack(KVPack<E>& k, Carver& c) const { k.carve(c, p, call.nk_tiles, true, true, false); }
 
   void run() {
     skip = skip_log2(p) - skip_weight();
-    // A walk reads K twice, V, dK and dV.
-    taking_turns = turns(p.Nk * (2 * p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack + p.Nk * (dp + dvp) * int64_t(sizeof(S)), pos::is_composed(p));
-    workers.measure(bytes_of([&](Carver& c) {
-      BwdScratch<E> w;
-      w.carve(c, p, keep_raw());
-      for (int g = 1; g < taking_turns; ++g) w.carve_block(c, p);
-    }));
+    workers.measure(bytes_of([&](Carver& c) { BwdScratch<E>().carve(c, p, keep_raw()); }));
     const int64_t pack_bytes = bytes_of([&](Carver& c) { KVPack<E> k; carve_pack(k, c); });
     bytes_of([&](Carver& c) { call.carve(c, true); });  // how long the strips' tables are
     const int64_t grad_each = splits * (p.Nk * ((want_k ? copies * dp : 0) + (want_v ? dvp : 0)) + group * (row_places() + col_places() + key_places()));
@@ -362,8 +340,7 @@ struct Backward {
 
   void split_task(int64_t task, int worker) {
     const int64_t w = task / splits, split = task % splits, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
-    BwdScratch<E> all[kMaxTurns], &sc = all[0];
-    scratch(worker, all, taking_turns);
+    const BwdScratch<E> sc = scratch(worker);
     for (int64_t x = 0; x < kBN<E> * kPitch<S>; ++x) sc.s[x] = sc.ds[x] = 0;
     if (sc.aux) std::memset(sc.aux, 0, size_t(kChunk * kPitch<S>) * sizeof(S));
     S* dk_acc = want_k ? dk + task * copies * p.Nk * dp : nullptr;
@@ -405,18 +382,16 @@ struct Backward {
       bg.row_e = own(g_row_e, strip_row(w, x, split), row_places());
       bg.col_e = own(g_col_e, strip_row(w, x, split), col_places());
       bg.col_k = own(g_col_k, strip_row(w, x, split), key_places());
-      for (int64_t qb = split; qb < call.nq_blocks; qb += splits * taking_turns) {
-        Block blocks[kMaxTurns];
-        int count = 0;
-        for (int64_t q = qb; count < taking_turns && q < call.nq_blocks; q += splits, ++count) blocks[count] = {q, all[count]};
-        run_blocks(packs[w], b, h, blocks, count, bg, dk_acc, dv_acc);
+      for (int64_t qb = split; qb < call.nq_blocks; qb += splits) {
+        Block block{b, h, qb, sc};
+        run_block(packs[w], block, bg, dk_acc, dv_acc);
       }
     }
   }
 
   // A block of queries on its way through the key tiles.
   struct Block {
-    int64_t qb = 0;
+    int64_t b = 0, h = 0, qb = 0;
     BwdScratch<E> w;
     int64_t i0 = 0, rows = 0, lanes = 0, I0 = 0;
     HeadBias<S> hb{};
@@ -424,22 +399,17 @@ struct Backward {
     int64_t visited = 0, decayed = 0;
   };
 
-  void run_blocks(const KVPack<E>& kv, int64_t b, int64_t h, Block* blocks, int count, BiasGrad<S>& bg, S* dk_acc, S* dv_acc) {
-    Walk walks[kMaxTurns];
-    for (int g = 0; g < count; ++g) {
-      start(b, h, blocks[g]);
-      walks[g] = Walk(call, blocks[g].qb);
-    }
-    // Terms keep their own state between tiles: composed calls come one block at a time.
-    Block& one = blocks[0];
-    const Terms<E> terms{call, one.hb, *one.w.block, b, h, one.i0, one.rows, one.lanes, one.I0, one.w.terms, &one.w.strips};
-    if (one.w.terms) terms.start();
-    walk_together(walks, count, [&](int g, int64_t t) { visit(kv, b, h, t, blocks[g], terms, bg, dk_acc, dv_acc); });
-    for (int g = 0; g < count; ++g) finish(b, h, blocks[g], bg);
+  void run_block(const KVPack<E>& kv, Block& x, BiasGrad<S>& bg, S* dk_acc, S* dv_acc) {
+    start(x);
+    const Terms<E> terms{call, x.hb, *x.w.block, x.b, x.h, x.i0, x.rows, x.lanes, x.I0, x.w.terms, &x.w.strips};
+    if (x.w.terms) terms.start();
+    walk_tiles(call, x.qb, [&](int64_t t) { visit(kv, t, x, terms, bg, dk_acc, dv_acc); });
+    finish(x, bg);
   }
 
-  void start(int64_t b, int64_t h, Block& x) {
+  void start(Block& x) {
     BwdScratch<E>& w = x.w;
+    const int64_t b = x.b, h = x.h;
     const int64_t i0 = x.i0 = x.qb * kBM, rows = x.rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = x.I0 = i0 + call.offset;
     const int64_t lanes = x.lanes = tiles::round_up(rows, L);
     const bool may_skip = skip > -1e300;
@@ -501,12 +471,12 @@ struct Backward {
     }
   }
 
-  void visit(const KVPack<E>& kv, int64_t b, int64_t h, int64_t t, Block& x, const Terms<E>& terms, BiasGrad<S>& bg, S* dk_acc, S* dv_acc) {
+  void visit(const KVPack<E>& kv, int64_t t, Block& x, const Terms<E>& terms, BiasGrad<S>& bg, S* dk_acc, S* dv_acc) {
     BwdScratch<E>& w = x.w;
     const int64_t lanes = x.lanes;
     int64_t js, je;
     TileMask<S> mask;
-    if (call.classify(b, h, x.qb, t, js, je, mask) == TileClass::hidden) return;
+    if (call.classify(x.b, x.h, x.qb, t, js, je, mask) == TileClass::hidden) return;
     const int64_t j0 = t * kBN<E>;
     TileBias<S>& tb = *w.bias;
     tb.init(x.hb, *w.block, p, x.I0, lanes, j0, js, je);
@@ -524,9 +494,9 @@ struct Backward {
     tile(kv, t, j0, js, je, tb, mask, terms, w, bg, lanes, x.I0, dk_acc, dv_acc, x.touched);
   }
 
-  void finish(int64_t b, int64_t h, Block& x, BiasGrad<S>& bg) {
+  void finish(Block& x, BiasGrad<S>& bg) {
     BwdScratch<E>& w = x.w;
-    const int64_t i0 = x.i0, rows = x.rows, row0 = (b * p.H + h) * p.Nq + i0;
+    const int64_t b = x.b, h = x.h, i0 = x.i0, rows = x.rows, row0 = (b * p.H + h) * p.Nq + i0;
     if (settle) settle_rows(w, bg, b, h, i0, rows);
     if (want_row_q)
       for (int64_t r = 0; r < rows; ++r) std::memcpy(static_cast<S*>(a.drow_q) + (row0 + r) * p.bias.strip_d, w.strips.dq + r * strip_dp(), size_t(p.bias.strip_d) * sizeof(S));

@@ -650,7 +650,6 @@ struct Call {
 struct Walk {
   int64_t lo = 0, mid = 0, hi = 0, sinks = 0;  // [lo, mid) back, [mid, hi) forward, [0, sinks) back
 
-  Walk() {}
   template <class E>
   Walk(const Call<E>& c, int64_t qb) {
     const int64_t i0 = qb * kBM, rows = c.p.Nq - i0 < kBM ? c.p.Nq - i0 : kBM;
@@ -670,38 +669,13 @@ struct Walk {
   }
 };
 
-// Blocks of queries that take turns on every key tile, so that a tile is read from far caches once for all of them.
-constexpr int kMaxTurns = 2;
-// How many, for `bytes` read in a walk over all keys: only where those are too much for a processor's own cache. At 4096 and
-// 8192 tokens of 64 channels 2 blocks gain 2-3 % (2 MiB of L2); 4 gain no more.
-inline int turns(int64_t bytes, bool composed) { return composed || bytes < (int64_t(3) << 18) ? 1 : kMaxTurns; }
-
-// f(block, tile) in the order of each block's own walk.
-template <class Fn>
-FASTPE_INLINE void walk_together(const Walk* w, int count, Fn&& f) {
-  int64_t back = 0, end = 0, sinks = 0, lo = INT64_MAX, mid = INT64_MAX;
-  for (int g = 0; g < count; ++g) {
-    back = w[g].mid > back ? w[g].mid : back;
-    end = w[g].hi > end ? w[g].hi : end;
-    sinks = w[g].sinks > sinks ? w[g].sinks : sinks;
-    lo = w[g].lo < lo ? w[g].lo : lo;
-    mid = w[g].mid < mid ? w[g].mid : mid;
-  }
-  for (int64_t t = back - 1; t >= lo; --t)
-    for (int g = 0; g < count; ++g)
-      if (t >= w[g].lo && t < w[g].mid) f(g, t);
-  for (int64_t t = mid; t < end; ++t)
-    for (int g = 0; g < count; ++g)
-      if (t >= w[g].mid && t < w[g].hi) f(g, t);
-  for (int64_t t = sinks - 1; t >= 0; --t)
-    for (int g = 0; g < count; ++g)
-      if (t < w[g].sinks) f(g, t);
-}
-// f(tile) for each tile of one block.
+// f(tile) for each tile of a block.
 template <class E, class Fn>
 FASTPE_INLINE void walk_tiles(const Call<E>& c, int64_t qb, Fn&& f) {
   const Walk w(c, qb);
-  walk_together(&w, 1, [&](int, int64_t t) { f(t); });
+  for (int64_t t = w.mid - 1; t >= w.lo; --t) f(t);
+  for (int64_t t = w.mid; t < w.hi; ++t) f(t);
+  for (int64_t t = w.sinks - 1; t >= 0; --t) f(t);
 }
 
 // ---- keys and values -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ struct FwdScratch {
   Reach<S>* reach;
   S *m, *l, *slack, *ids;
 
-  // What a tile needs.
   void carve(Carver& c, const AttnParams& p) {
     const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
     rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 16);
@@ -47,10 +46,6 @@ struct FwdScratch {
     bias = c.take<TileBias<S>>(1);
     reach = c.take<Reach<S>>(1);
     strips.carve(c, p, false);
-    carve_block(c, p);
-  }
-  // What belongs to a block of queries from its first tile to its last.
-  void carve_block(Carver& c, const AttnParams& p) {
     o = c.take<S>(p.Dv * kBM);
     qt = c.take<U>(pos::region_count(p.region.kind) * (p.D / E::kPack * kBM));
     block = c.take<BlockBias<S>>(1);
@@ -154,22 +149,13 @@ struct Forward {
   int64_t head0 = 0, heads = 0;  // wave: flattened (batch, kv head)
   KVPack<E>* packs = nullptr;
   Workers workers;
-  int taking_turns = 1;  // blocks of a task
 
   Forward(const AttnParams& params, const Runtime& runtime, TileStats* st) : p(params), call(params), rt(runtime), stats(st) {}
 
-  // Scratch of `count` blocks, which share what a tile needs.
-  void scratch(int worker, FwdScratch<E>* w, int count) const {
-    Carver c = workers.at(worker);
-    w[0].carve(c, p);
-    for (int g = 1; g < count; ++g) {
-      w[g] = w[0];
-      w[g].carve_block(c, p);
-    }
-  }
   FwdScratch<E> scratch(int worker) const {
     FwdScratch<E> w;
-    scratch(worker, &w, 1);
+    Carver c = workers.at(worker);
+    w.carve(c, p);
     return w;
   }
 
@@ -180,14 +166,7 @@ struct Forward {
     const int64_t pack_bytes = bytes_of([&](Carver& c) { KVPack<E> k; carve_pack(k, c); });
     const int64_t total = p.B * p.Hk;
     const int64_t wave = wave_heads(pack_bytes, p.H / p.Hk * call.nq_blocks, total, rt.threads, int64_t(8) << 20);
-    taking_turns = turns(p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack, pos::is_composed(p));
-    // Short tasks where they are few: the last ones to finish should not leave other workers idle.
-    while (taking_turns > 1 && rt.threads > 1 && wave * (p.H / p.Hk) * call.nq_blocks / taking_turns < 16 * rt.threads) taking_turns /= 2;
-    workers.measure(bytes_of([&](Carver& c) {
-      FwdScratch<E> w;
-      w.carve(c, p);
-      for (int g = 1; g < taking_turns; ++g) w.carve_block(c, p);
-    }));
+    workers.measure(bytes_of([&](Carver& c) { FwdScratch<E>().carve(c, p); }));
     const auto layout = [&](Carver& c) {
       call.carve(c, false);
       workers.carve(c, rt.threads);
@@ -199,7 +178,7 @@ struct Forward {
     for (head0 = 0; head0 < total; head0 += wave) {
       heads = total - head0 < wave ? total - head0 : wave;
       rt.parallel(heads * call.nk_tiles, [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->pack_task(task, worker); }, this);
-      rt.parallel(heads * tasks_each(), [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->block_task(task, worker); }, this);
+      rt.parallel(heads * (p.H / p.Hk * call.nq_blocks), [](void* self, int64_t task, int worker) { static_cast<Forward*>(self)->block_task(task, worker); }, this);
     }
   }
 
@@ -210,19 +189,12 @@ struct Forward {
     packs[w].pack(p, bk / p.Hk, bk % p.Hk, t, sc.rows);
   }
 
-  int64_t tasks_each() const { return tiles::ceil_div(p.H / p.Hk * call.nq_blocks, taking_turns); }
-
   void block_task(int64_t task, int worker) {
     // Later blocks see more keys under a causal mask: they go first, so that the last tasks to finish are short.
-    const int64_t group = p.H / p.Hk, per_head = group * call.nq_blocks;
-    const int64_t w = task / tasks_each(), first = task % tasks_each() * taking_turns;
-    const int64_t bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
-    const int count = per_head - first < taking_turns ? int(per_head - first) : taking_turns;
-    FwdScratch<E> sc[kMaxTurns];
-    scratch(worker, sc, count);
-    Block blocks[kMaxTurns];
-    for (int g = 0; g < count; ++g) blocks[g] = {hk * group + (first + g) % group, call.nq_blocks - 1 - (first + g) / group, sc[g]};
-    run_blocks(packs[w], b, blocks, count);
+    const int64_t group = p.H / p.Hk, per_head = group * call.nq_blocks, w = task / per_head, x = task % per_head;
+    const int64_t bk = head0 + w;
+    Block block{bk / p.Hk, bk % p.Hk * group + x % group, call.nq_blocks - 1 - x / group, scratch(worker)};
+    run_block(packs[w], block);
   }
 
   // The rows of a block as operands, turned once for every region they can reach, with their scale and length.
@@ -245,7 +217,7 @@ struct Forward {
 
   // A block of queries on its way through the key tiles.
   struct Block {
-    int64_t h = 0, qb = 0;
+    int64_t b = 0, h = 0, qb = 0;
     FwdScratch<E> w;
     int64_t i0 = 0, rows = 0, lanes = 0, I0 = 0;
     HeadBias<S> hb{};
@@ -253,39 +225,30 @@ struct Forward {
     int64_t visited = 0, decayed = 0;
   };
 
-  void run_blocks(const KVPack<E>& kv, int64_t b, Block* blocks, int count) {
+  void run_block(const KVPack<E>& kv, Block& x) {
     const double skip = skip_log2(p);
-    Walk walks[kMaxTurns];
-    for (int g = 0; g < count; ++g) {
-      start(b, blocks[g], skip);
-      walks[g] = Walk(call, blocks[g].qb);
-    }
-    // Terms keep their own state between tiles: composed calls come one block at a time.
-    Block& one = blocks[0];
-    const Terms<E> terms{call, one.hb, *one.w.block, b, one.h, one.i0, one.rows, one.lanes, one.I0, one.w.terms, &one.w.strips};
-    if (one.w.terms) terms.start();
-    walk_together(walks, count, [&](int g, int64_t t) { visit(kv, b, t, blocks[g], terms, skip); });
-    for (int g = 0; g < count; ++g) {
-      Block& x = blocks[g];
-      finish(b, x.h, x.i0, x.rows, x.lanes, x.empty, x.w);
-      if (!stats) continue;
-      __atomic_fetch_add(&stats->visited, x.visited, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->hidden, call.nk_tiles - x.visited - x.decayed, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->decayed, x.decayed, __ATOMIC_RELAXED);
-      stats->block_q = kBM;
-      stats->block_k = kBN<E>;
-    }
+    start(x, skip);
+    const Terms<E> terms{call, x.hb, *x.w.block, x.b, x.h, x.i0, x.rows, x.lanes, x.I0, x.w.terms, &x.w.strips};
+    if (x.w.terms) terms.start();
+    walk_tiles(call, x.qb, [&](int64_t t) { visit(kv, t, x, terms, skip); });
+    finish(x.b, x.h, x.i0, x.rows, x.lanes, x.empty, x.w);
+    if (!stats) return;
+    __atomic_fetch_add(&stats->visited, x.visited, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&stats->hidden, call.nk_tiles - x.visited - x.decayed, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&stats->decayed, x.decayed, __ATOMIC_RELAXED);
+    stats->block_q = kBM;
+    stats->block_k = kBN<E>;
   }
 
-  void start(int64_t b, Block& x, double skip) const {
+  void start(Block& x, double skip) const {
     x.i0 = x.qb * kBM;
     x.rows = p.Nq - x.i0 < kBM ? p.Nq - x.i0 : kBM;
     x.I0 = x.i0 + call.offset;
     x.lanes = tiles::round_up(x.rows, L);
-    load_queries(b, x.h, x.i0, x.rows, x.lanes, x.w);
-    x.hb.init(p, b, x.h, call.table_of(x.h), call.env_of(x.h));
+    load_queries(x.b, x.h, x.i0, x.rows, x.lanes, x.w);
+    x.hb.init(p, x.b, x.h, call.table_of(x.h), call.env_of(x.h));
     x.w.block->init(x.hb, x.i0, x.rows, x.I0);
-    if (p.vis.q_ids) call.load_q_ids(b, x.i0, x.rows, x.w.ids);
+    if (p.vis.q_ids) call.load_q_ids(x.b, x.i0, x.rows, x.w.ids);
     for (int64_t l = 0; l < x.lanes; ++l) {
       x.w.m[l] = -kInf<S>;
       x.w.l[l] = 0;  // lanes past the last row see the same keys with q = 0
@@ -293,11 +256,11 @@ struct Forward {
     }
   }
 
-  void visit(const KVPack<E>& kv, int64_t b, int64_t t, Block& x, const Terms<E>& terms, double skip) const {
+  void visit(const KVPack<E>& kv, int64_t t, Block& x, const Terms<E>& terms, double skip) const {
     FwdScratch<E>& w = x.w;
     int64_t js, je;
     TileMask<S> mask;
-    if (call.classify(b, x.h, x.qb, t, js, je, mask) == TileClass::hidden) return;
+    if (call.classify(x.b, x.h, x.qb, t, js, je, mask) == TileClass::hidden) return;
     const int64_t j0 = t * kBN<E>;
     TileBias<S>& tb = *w.bias;
     tb.init(x.hb, *w.block, p, x.I0, x.lanes, j0, js, je);
