@@ -123,23 +123,38 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
       rho[g] = scaled ? V::load(to.rho + l0 + g * L) : V(S(1));
       dv[g] = V(S(0)) - V::load(delta + l0 + g * L) * rho[g];
     }
-    const auto pair = [&](int64_t j, int g, V& pv, V& d) {
-      V x = at[g](t, j, l0 + g * L, V::load(s + j * kPitch<S> + l0 + g * L));
-      if constexpr (Masked) x = select(mask.lanes(j, l0 + g * L), x, V(-kInf<S>));
-      pv = exp2(x);
-      d = pv * fma(V::load(ds + j * kPitch<S> + l0 + g * L), rho[g], dv[g]);
-      // An infinite dO times a hidden key must not leak: dS is 0 where P is masked.
-      if constexpr (Masked) d = select(pv == V(S(0)), V(S(0)), d);
+    // Vector y of J keys from j on is that of key j + y / G, lanes y % G.
+    const auto pairs = [&](auto count, int64_t j, V* pv, V* d) {
+      constexpr int n = decltype(count)::value * G;
+#pragma GCC unroll 8
+      for (int y = 0; y < n; ++y) {
+        const int64_t key = j + y / G, l = l0 + y % G * L;
+        pv[y] = at[y % G](t, key, l, V::load(s + key * kPitch<S> + l));
+        if constexpr (Masked) pv[y] = select(mask.lanes(key, l), pv[y], V(-kInf<S>));
+      }
+      exp2_each<n>(pv);
+#pragma GCC unroll 8
+      for (int y = 0; y < n; ++y) {
+        d[y] = pv[y] * fma(V::load(ds + (j + y / G) * kPitch<S> + l0 + y % G * L), rho[y % G], dv[y % G]);
+        // An infinite dO times a hidden key must not leak: dS is 0 where P is masked.
+        if constexpr (Masked) d[y] = select(pv[y] == V(S(0)), V(S(0)), d[y]);
+      }
     };
     if constexpr (E::kPack == 1) {
-      for (int64_t j = js; j < je; ++j)
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          V pv, d;
-          pair(j, g, pv, d);
-          pv.store(s + j * kPitch<S> + l0 + g * L);
-          d.store(ds + j * kPitch<S> + l0 + g * L);
+      const auto keys = [&](auto count, int64_t j) {
+        constexpr int J = decltype(count)::value;
+        V pv[J * G], d[J * G];
+        pairs(count, j, pv, d);
+#pragma GCC unroll 8
+        for (int y = 0; y < J * G; ++y) {
+          pv[y].store(s + (j + y / G) * kPitch<S> + l0 + y % G * L);
+          d[y].store(ds + (j + y / G) * kPitch<S> + l0 + y % G * L);
         }
+        return j + J;
+      };
+      int64_t j = js;
+      while (j + kKeysAtOnce<G> <= je) j = keys(std::integral_constant<int, kKeysAtOnce<G>>{}, j);
+      while (j < je) j = keys(std::integral_constant<int, 1>{}, j);
     } else {
 #if defined(__AVX512BF16__)
       const auto by_key = [](uint16_t* y, __m512i both, bool two) {
@@ -148,11 +163,17 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
       };
       for (int64_t j = js; j < je; j += 2) {
         const bool two = j + 1 < je;
+        V pv[2 * G], d[2 * G];
+        if (two) {
+          pairs(std::integral_constant<int, 2>{}, j, pv, d);
+        } else {
+          pairs(std::integral_constant<int, 1>{}, j, pv, d);
+          for (int g = 0; g < G; ++g) pv[G + g] = d[G + g] = V(S(0));
+        }
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
-          V p0, p1(S(0)), d0, d1(S(0));
-          pair(j, g, p0, d0);
-          if (two) pair(j + 1, g, p1, d1);
+          const V p0 = pv[g], p1 = pv[G + g];
+          V d0 = d[g], d1 = d[G + g];
           const int64_t l = l0 + g * L, at = j * kPitch<S> + l;
           if (to.keep) {
             p0.store(s + at), d0.store(ds + at);
@@ -763,6 +784,7 @@ struct Backward {
     if (bg.table) return diagonals(bg.table, ds, c0, c1, lanes, I0, j0);
     if (!(want_params || want_gamma || want_u || want_w)) return;
     if (p.bias.form == BiasForm::two_sided) return two_sided_grads(t, w, bg, ds, c0, c1, lanes, j0);
+    if (p.bias.form == BiasForm::signed_ && !want_params && !want_gamma) return position_grads(w, bg, ds, c0, c1, lanes, j0);
     pos::with_form(t.form, [&](auto phi) { rel_grads<decltype(phi)>(t, w, bg, prob, ds, c0, c1, lanes, j0); });
   }
 
@@ -792,9 +814,47 @@ struct Backward {
       if (want_gamma) (V::load(w.dgamma + l) + dg).store(w.dgamma + l);
     }
     if (!bg.w) return;
-    for (int64_t j = c0; j < c1; ++j) {
-      bg.w[j0 + j] -= reduce_add(V::load(past + (j - c0) * L));
-      bg.w2[j0 + j] += reduce_add(V::load(future + (j - c0) * L));
+    add_sums(bg.w + j0 + c0, V(S(-1)), past, c1 - c0);
+    add_sums(bg.w2 + j0 + c0, V(S(1)), future, c1 - c0);
+  }
+
+  // b = g (u_i - w_j): du_i and -dw_j are sums of dS g.
+  void position_grads(BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t j0) const {
+    alignas(64) S key[kChunk * L];
+    for (int64_t x = 0; x < kChunk * L; ++x) key[x] = 0;
+    const auto group = [&](auto count, int64_t l0) {
+      constexpr int G = decltype(count)::value;
+      V gm[G], du[G];
+      for (int g = 0; g < G; ++g) gm[g] = V::load(w.block->gm + l0 + g * L), du[g] = V(S(0));
+      for (int64_t j = c0; j < c1; ++j) {
+        V sum = V::load(key + (j - c0) * L);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) {
+          const V x = V::load(ds + j * kPitch<S> + l0 + g * L) * gm[g];
+          du[g] = du[g] + x;
+          sum = sum + x;
+        }
+        sum.store(key + (j - c0) * L);
+      }
+      if (want_u)
+        for (int g = 0; g < G; ++g) (V::load(w.du + l0 + g * L) + du[g]).store(w.du + l0 + g * L);
+    };
+    int64_t l = 0;
+    for (; l + 4 * L <= lanes; l += 4 * L) group(std::integral_constant<int, 4>{}, l);
+    for (; l < lanes; l += L) group(std::integral_constant<int, 1>{}, l);
+    if (bg.w) add_sums(bg.w + j0 + c0, V(S(-1)), key, c1 - c0);
+  }
+
+  // y[r] += factor * the sum of row r, of n rows of a vector each in room for kChunk.
+  static void add_sums(S* y, V factor, const S* rows, int64_t n) {
+    for (int64_t r = 0; r < n; r += L) {
+      V v[L];
+#pragma GCC unroll 16
+      for (int x = 0; x < L; ++x) v[x] = V::load(rows + (r + x) * L);
+      sum_each(v);
+      v[0] = v[0] * factor;
+      if (r + L <= n) (V::load(y + r) + v[0]).store(y + r);
+      else for (int64_t x = r; x < n; ++x) y[x] += v[0].v[x - r];
     }
   }
 
@@ -866,8 +926,7 @@ struct Backward {
       }
     }
     if (want_params) { bg.params[0] += reduce_add(a0); bg.params[1] += reduce_add(a1); }
-    if (bg.w)
-      for (int64_t j = c0; j < c1; ++j) bg.w[j0 + j] -= reduce_add(V::load(key + (j - c0) * L));
+    if (bg.w) add_sums(bg.w + j0 + c0, V(S(-1)), key, c1 - c0);
   }
 
   // In 16 bits O was formed from rounded P, so delta = <dO, O> misses sum_j P dP by rho_i, and a gradient that weighs dS

@@ -25,6 +25,8 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.6931471805599453094;
 
 template <class S> constexpr S kInf = S(__builtin_inf());
+// Keys whose powers are formed side by side where a key has G vectors of queries: four vectors.
+template <int G> constexpr int kKeysAtOnce = G < 4 ? 4 / G : 1;
 
 // ---- tables over the distance ------------------------------------------------------------------------------------
 // A table form is expanded once per head to one number per offset t = I - j (clamps applied, log2 e folded in), with

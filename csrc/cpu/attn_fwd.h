@@ -97,26 +97,34 @@ FASTPE_INLINE void prob_pass(const TileBias<typename E::S>& t, const typename E:
     if constexpr (!Stored) at[g] = {t, l0 + g * L, V::load(c + l0 + g * L), offset[g]};
     sum[g] = V(S(0));
   }
-  const auto prob = [&](int64_t j, int g) {
+  const auto power = [&](int64_t j, int g) {
     const V x = V::load(s + j * kBM + l0 + g * L);
-    if constexpr (Stored) return exp2(x + offset[g]);
-    else return exp2(at[g](t, j, l0 + g * L, x));
+    if constexpr (Stored) return x + offset[g];
+    else return at[g](t, j, l0 + g * L, x);
   };
   if constexpr (E::kPack == 1) {
-    for (int64_t j = js; j < je; ++j)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        const V pv = prob(j, g);
-        sum[g] = sum[g] + pv;
-        pv.store(s + j * kBM + l0 + g * L);
+    const auto keys = [&](auto count, int64_t j) {
+      constexpr int J = decltype(count)::value;
+      V x[J * G];
+#pragma GCC unroll 8
+      for (int y = 0; y < J * G; ++y) x[y] = power(j + y / G, y % G);
+      exp2_each<J * G>(x);
+#pragma GCC unroll 8
+      for (int y = 0; y < J * G; ++y) {
+        sum[y % G] = sum[y % G] + x[y];
+        x[y].store(s + (j + y / G) * kBM + l0 + y % G * L);
       }
+      return j + J;
+    };
+    int64_t j = js;
+    while (j + kKeysAtOnce<G> <= je) j = keys(std::integral_constant<int, kKeysAtOnce<G>>{}, j);
+    while (j < je) j = keys(std::integral_constant<int, 1>{}, j);
   } else {
 #if defined(__AVX512BF16__)
     for (int64_t j = js; j < je; j += 2)
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        const V a = prob(j, g);
-        const V b = j + 1 < je ? prob(j + 1, g) : V(0.f);
+        const V a = exp2(power(j, g)), b = j + 1 < je ? exp2(power(j + 1, g)) : V(0.f);
         sum[g] = sum[g] + (a + b);
         _mm512_storeu_si512(pt + j / 2 * kBM + l0 + g * L, interleave_bf16(a, b));
       }
@@ -125,14 +133,13 @@ FASTPE_INLINE void prob_pass(const TileBias<typename E::S>& t, const typename E:
   for (int g = 0; g < G; ++g) (V::load(l + l0 + g * L) + sum[g]).store(l + l0 + g * L);
 }
 
-// Calls f(tag for G, first lane) over the block's vectors.
-template <int G> struct Count { static constexpr int value = G; };
+// Calls f(G as a constant, first lane) over the block's vectors.
 template <class S, class Fn>
 FASTPE_INLINE void for_lanes(int64_t lanes, Fn&& f) {
   constexpr int L = Vec<S>::kLanes;
   int64_t l = 0;
-  for (; l + kNV * L <= lanes; l += kNV * L) f(Count<kNV>{}, l);
-  for (; l < lanes; l += L) f(Count<1>{}, l);
+  for (; l + kNV * L <= lanes; l += kNV * L) f(std::integral_constant<int, kNV>{}, l);
+  for (; l < lanes; l += L) f(std::integral_constant<int, 1>{}, l);
 }
 
 template <class E>
@@ -378,6 +385,10 @@ struct Forward {
         const V x = empty ? V(S(0)) : V::load(w.o + d * kBM + l) * V::load(inv + l);
         x.store(w.o + d * kBM + l);
       }
+    if (E::kPack == 1 && p.dtype == kOwnType<E> && !p.residual.p) {
+      transpose(static_cast<S*>(p.o.p) + b * p.o.sb + h * p.o.sh + i0 * p.o.sn, p.o.sn, w.o, kBM, p.Dv, rows);
+      return;
+    }
     transpose(w.rows, p.Dv, w.o, kBM, p.Dv, rows);
     for (int64_t r = 0; r < rows; ++r) {
       S* row = w.rows + r * p.Dv;

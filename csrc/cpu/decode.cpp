@@ -41,29 +41,6 @@ FASTPE_INLINE Mask<S> lane_mask(uint64_t bits, int64_t l) {
   return {(b & one) != 0};
 }
 
-// Lane i of v[0] becomes the sum of v[i]: log2 L rounds that halve the vectors. The first two interleave numbers within 16 bytes,
-// one instruction a shuffle; the next ones move 16 bytes and more.
-template <int Step = 1, class S>
-FASTPE_INLINE void sum_each(Vec<S>* v) {
-  constexpr int L = Vec<S>::kLanes, W = 16 / int(sizeof(S));
-  if constexpr (Step < L) {
-    typename Vec<S>::RawInt lo, hi;
-    for (int l = 0; l < L; ++l) {
-      if (Step < W) {  // W = 4: a0 b0 a1 b1 and a2 b2 a3 b3, then a0 a1 b0 b1 and a2 a3 b2 b3
-        const int at = l % W / Step % 2 * L + l / W * W + l % W / (2 * Step) * Step + l % Step;
-        lo[l] = at;
-        hi[l] = at + W / 2;
-      } else {
-        lo[l] = l & Step ? L + l - Step : l;
-        hi[l] = l & Step ? L + l : l + Step;
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < L; r += 2 * Step) v[r].v = __builtin_shuffle(v[r].v, v[r + Step].v, lo) + __builtin_shuffle(v[r].v, v[r + Step].v, hi);
-    sum_each<2 * Step>(v);
-  }
-}
-
 // f(tag of the count, first row) over R rows in blocks of 4, 2 and 1 (no more than a vector has lanes).
 template <int N> struct Rows { static constexpr int value = N; };
 template <class S, class Fn>

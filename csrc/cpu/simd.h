@@ -218,38 +218,55 @@ template <class S> FASTPE_INLINE S reduce_add(Vec<S> a) {
 #endif
 }
 
-// 2^x for x < 127.5, NaN for NaN, 0 for -inf. Below -126 the result is 0 where subnormals are flushed (subnormal.h).
-// Relative error 2e-7.
-FASTPE_INLINE VF exp2(VF x) {
+// 2^x of N vectors, for x < 127.5; NaN for NaN, 0 for -inf. Below -126 the result is 0 where subnormals are flushed (subnormal.h).
+// Relative error 2e-7. Step by step for all vectors: a processor sees further ahead in so many short chains than in long ones.
+template <int N>
+FASTPE_INLINE void exp2_each(VF* x) {
+  VF p[N];
 #if defined(__AVX512DQ__)
   // vreduceps leaves x - floor(x) (0 for -inf), vscalefps multiplies by 2^floor(x): no rounding steps of our own.
   // Minimax polynomial of degree 5 with c0 = 1 on [0, 1], relative error 8.3e-8.
-  const VF f(VF::Raw(_mm512_reduce_ps(__m512(x.v), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)));
-  VF p = fma(VF(1.867130213e-3f), f, VF(9.017030019e-3f));
-  p = fma(p, f, VF(5.579991332e-2f));
-  p = fma(p, f, VF(2.401644501e-1f));
-  p = fma(p, f, VF(6.931513118e-1f));
-  p = fma(p, f, VF(1.f));
-  return VF(VF::Raw(_mm512_scalef_ps(__m512(p.v), __m512(x.v))));
+  constexpr float c[] = {1.f, 6.931513118e-1f, 2.401644501e-1f, 5.579991332e-2f, 9.017030019e-3f, 1.867130213e-3f};
+  VF f[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) f[n] = VF(VF::Raw(_mm512_reduce_ps(__m512(x[n].v), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)));
 #else
   // Minimax polynomial of degree 5 with c0 = 1 for 2^f on [-1/2, 1/2], relative error 9.2e-8.
-  const VF c5(1.326472725e-3f), c4(9.671512688e-3f), c3(5.550733744e-2f), c2(2.402224208e-1f), c1(6.931469776e-1f), c0(1.0f);
+  constexpr float c[] = {1.f, 6.931469776e-1f, 2.402224208e-1f, 5.550733744e-2f, 9.671512688e-3f, 1.326472725e-3f};
   // 1.5 * 2^23 + 127: its sum with x holds round(x) + 127 in the low bits, where a shift makes an exponent of it; that of -127 is
   // the number 0. A NaN passes through the polynomial.
   const VF magic(12583039.f);
-  const VF xc = max(VF(-127.f), x);
-  const VF t = xc + magic;
-  const VF f = xc - (t - magic);
-  VF p = fma(c5, f, c4);
-  p = fma(p, f, c3);
-  p = fma(p, f, c2);
-  p = fma(p, f, c1);
-  p = fma(p, f, c0);
-  return p * VF(VF::Raw(VF::RawInt(t.v) << 23));
+  VF t[N], f[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) f[n] = max(VF(-127.f), x[n]);
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) t[n] = f[n] + magic;
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) f[n] = f[n] - (t[n] - magic);
 #endif
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) p[n] = fma(VF(c[5]), f[n], VF(c[4]));
+#pragma GCC unroll 4
+  for (int k = 3; k >= 0; --k)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) p[n] = fma(p[n], f[n], VF(c[k]));
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+#if defined(__AVX512DQ__)
+    x[n] = VF(VF::Raw(_mm512_scalef_ps(__m512(p[n].v), __m512(x[n].v))));
+#else
+    x[n] = p[n] * VF(VF::Raw(VF::RawInt(t[n].v) << 23));
+#endif
+  }
 }
-FASTPE_INLINE VD exp2(VD x) {
-  for (int l = 0; l < VD::kLanes; ++l) x.v[l] = __builtin_exp2(x.v[l]);
+template <int N>
+FASTPE_INLINE void exp2_each(VD* x) {
+  for (int n = 0; n < N; ++n)
+    for (int l = 0; l < VD::kLanes; ++l) x[n].v[l] = __builtin_exp2(x[n].v[l]);
+}
+template <class S>
+FASTPE_INLINE Vec<S> exp2(Vec<S> x) {
+  exp2_each<1>(&x);
   return x;
 }
 
