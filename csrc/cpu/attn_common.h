@@ -750,6 +750,9 @@ FASTPE_INLINE void pack_queries(typename E::U* qt, const AttnParams& p, const Ro
   }
 }
 
+// Keys and values of one head, or more of it, that do not stay in a processor's own cache.
+constexpr int64_t kFarBytes = 256 << 10;
+
 // Operand forms of keys and values of one (batch, kv head). Rows serve scores and dP; keys on the summed axis (At of gemm.h)
 // serve O and dQ: where a unit is one scalar those are the rows again, else pairs of rows tile by tile.
 template <class E>
@@ -852,7 +855,6 @@ struct KVPack {
   }
 
  private:
-  static constexpr int64_t kFarBytes = 256 << 10;
   Upcoming next_rows(const U* rows, int64_t channels, int64_t t) const {
     const int64_t units = kBN<E> * (channels / E::kPack);
     return far ? Upcoming(rows + t * units, units * int64_t(sizeof(U))) : Upcoming();

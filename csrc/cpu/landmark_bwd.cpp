@@ -176,21 +176,25 @@ struct LandmarkBackward {
     const int64_t e = Mixed && k.reach + l0 + G * L - 1 < k.e ? (k.reach + l0 + G * L - 1 > k.a ? k.reach + l0 + G * L - 1 : k.a) : k.e;
     for (int64_t j = k.a; j < e; ++j) {
       S *row = w.s + j * kBM + l0, *d = w.ds + j * kBM + l0;
+      V y[G], dp_[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        V x = fma(V::load(row + g * L), cv[g], shift[g]);
-        V dp_ = V::load(d + g * L);
-        if (k.hidden(j)) x = V(-kInf<S>), dp_ = V(S(0));
+        y[g] = fma(V::load(row + g * L), cv[g], shift[g]);
+        dp_[g] = V::load(d + g * L);
+        if (k.hidden(j)) y[g] = V(-kInf<S>), dp_[g] = V(S(0));
         if constexpr (Mixed) {
           const Mask<S> sees = landmark_sees<S>(k, j, l0 + g * L);
-          x = select(sees, x, V(-kInf<S>));
-          dp_ = select(sees, dp_, V(S(0)));  // nothing was computed there
-          dp_.store(d + g * L);
+          y[g] = select(sees, y[g], V(-kInf<S>));
+          dp_[g] = select(sees, dp_[g], V(S(0)));  // nothing was computed there
+          dp_[g].store(d + g * L);
         }
-        const V y = exp2(x);
-        sum[g] = sum[g] + y;
-        along[g] = fma(y, dp_, along[g]);
-        y.store(row + g * L);
+      }
+      exp2_each<G>(y);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        sum[g] = sum[g] + y[g];
+        along[g] = fma(y[g], dp_[g], along[g]);
+        y[g].store(row + g * L);
       }
     }
     const bool counts = k.landmark >= 0 && !k.hidden(k.landmark);
@@ -248,8 +252,10 @@ struct LandmarkBackward {
   void tile(const LandmarkPack<E>& kv, const LandmarkPlan& x, int64_t b, int64_t t, const LandmarkTile& at, const Scratch& w, int64_t lanes, bool calm, S* dk_acc, S* dv_acc, bool first) const {
     constexpr int64_t half = kBM / 2;
     const int64_t ku = p.D / E::kPack, vu = p.Dv / E::kPack, n = at.n, jm = at.jm, j0 = at.j0;
-    gemm<E, false>(kv.k_rows + j0 * ku, ku, w.qt, kBM, w.s, kBM, jm, lanes, ku);
-    gemm<E, false>(kv.v_rows + j0 * vu, vu, w.dot, kBM, w.ds, kBM, jm, lanes, vu);
+    // Each product asks for what the next one reads from afar.
+    const auto sums = [&](const S* acc, int64_t ld) { return acc ? kv.next(acc + j0 * ld, n * ld) : Upcoming(); };
+    gemm<E, false>(kv.k_rows + j0 * ku, ku, w.qt, kBM, w.s, kBM, jm, lanes, ku, kv.next(kv.v_rows + j0 * vu, n * vu));
+    gemm<E, false>(kv.v_rows + j0 * vu, vu, w.dot, kBM, w.ds, kBM, jm, lanes, vu, sums(dv_acc, dvp));
     if (jm < n) {
       gemm<E, false>(kv.k_rows + (j0 + jm) * ku, ku, w.qt + half, kBM, w.s + jm * kBM + half, kBM, n - jm, lanes - half, ku);
       gemm<E, false>(kv.v_rows + (j0 + jm) * vu, vu, w.dot + half, kBM, w.ds + jm * kBM + half, kBM, n - jm, lanes - half, vu);
@@ -270,17 +276,19 @@ struct LandmarkBackward {
     const U* dsa = E::kPack == 1 ? reinterpret_cast<const U*>(w.ds) : w.dsa;
     const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(w.ds) : w.dsb;
     const int64_t lda = kBM / E::kPack, qu = tiles::ceil_div(lanes, E::kPack), hu = half / E::kPack;
-    const auto by_key = [&](S* acc, int64_t ld, const U* left, const U* right) {
-      gemm<E, true>(left, lda, right, ld, acc + j0 * ld, ld, jm, ld, qu);
+    const auto by_key = [&](S* acc, int64_t ld, const U* left, const U* right, const Upcoming& next) {
+      gemm<E, true>(left, lda, right, ld, acc + j0 * ld, ld, jm, ld, qu, next);
       if (jm < n) gemm<E, true>(left + jm * lda + hu, lda, right + hu * ld, ld, acc + (j0 + jm) * ld, ld, n - jm, ld, qu - hu);
     };
-    if (dv_acc) by_key(dv_acc, dvp, pa, w.dor);
-    if (dk_acc) by_key(dk_acc, dp, dsa, w.qr);
+    const int64_t units = x.unit[t + 1] - x.unit[t];
+    const U* kc = kv.k_cols + x.unit[t] * p.D;
+    if (dv_acc) by_key(dv_acc, dvp, pa, w.dor, sums(dk_acc, dp));
+    if (dk_acc) by_key(dk_acc, dp, dsa, w.qr, kv.next(kc, units * p.D));
     if (want_q) {
-      const int64_t units = x.unit[t + 1] - x.unit[t], um = jm / E::kPack, u1 = tiles::ceil_div(n, E::kPack), u_end = jm < n ? um : u1;
-      const U* kc = kv.k_cols + x.unit[t] * p.D;
-      if (first) gemm<E, false>(kc, units, dsb, kBM, w.dq, kBM, p.D, lanes, u_end);
-      else gemm<E, true>(kc, units, dsb, kBM, w.dq, kBM, p.D, lanes, u_end);
+      const int64_t um = jm / E::kPack, u1 = tiles::ceil_div(n, E::kPack), u_end = jm < n ? um : u1;
+      const Upcoming keys = kv.next(kv.k_rows + (j0 + n) * ku, (x.end(t + 1 < x.tiles ? t + 1 : t) - j0 - n) * ku);
+      if (first) gemm<E, false>(kc, units, dsb, kBM, w.dq, kBM, p.D, lanes, u_end, keys);
+      else gemm<E, true>(kc, units, dsb, kBM, w.dq, kBM, p.D, lanes, u_end, keys);
       if (jm < n) gemm<E, true>(kc + um, units, dsb + um * kBM + half, kBM, w.dq + half, kBM, p.D, lanes - half, u1 - um);
     }
   }

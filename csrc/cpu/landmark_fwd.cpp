@@ -143,17 +143,21 @@ struct LandmarkForward {
         for (int g = 0; g < G; ++g) V(S(0)).store(row + g * L);
         continue;
       }
+      V y[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        V x = fma(V::load(row + g * L), cv[g], shift[g]);
-        if constexpr (Mixed) x = select(landmark_sees<S>(k, j, l0 + g * L), x, V(-kInf<S>));
-        V y = exp2(x);
+        y[g] = fma(V::load(row + g * L), cv[g], shift[g]);
+        if constexpr (Mixed) y[g] = select(landmark_sees<S>(k, j, l0 + g * L), y[g], V(-kInf<S>));
+      }
+      exp2_each<G>(y);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
         if constexpr (kTwoSums<Mixed>) {
-          exact[g] = exact[g] + y;
-          y = rounded(y);
+          exact[g] = exact[g] + y[g];
+          y[g] = rounded(y[g]);
         }
-        sum[g] = sum[g] + y;
-        y.store(row + g * L);
+        sum[g] = sum[g] + y[g];
+        y[g].store(row + g * L);
       }
     }
     const bool counts = k.landmark >= 0 && !k.hidden(k.landmark);
