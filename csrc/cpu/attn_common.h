@@ -326,6 +326,7 @@ struct TileMask {
   pos::Band band;
   int64_t I0 = 0, j0 = 0;   // absolute index of lane 0 and of the tile's first key
   bool by_index = false;    // index rules cut through this tile
+  alignas(64) S lo[kMaxBN], hi[kMaxBN];  // by key of the tile: those rules let lanes [lo, hi) see it
   const int32_t* k_ids = nullptr;  // by absolute key, when ids cut through this tile
   const S* q_ids = nullptr;        // lanes, bit patterns of integers
   const uint8_t* dense = nullptr;  // at (first row of the block, key 0)
@@ -341,13 +342,24 @@ struct TileMask {
   int64_t rows = 0;
   int64_t split = 0;  // keys from here on are hidden from the first kBM / 2 lanes: products leave those out
 
-  bool partial() const { return by_index || k_ids || dense || intervals || lower || relation || map; }
+  bool by_more() const { return k_ids || dense || intervals || lower || relation || map; }
+  bool partial() const { return by_index || by_more(); }
+
+  void cut_by_index(int64_t js, int64_t je) {
+    by_index = true;
+    for (int64_t j = js; j < je; ++j) {
+      const pos::Range r = pos::rows_of_key(band, j0 + j);
+      lo[j] = lane(r.lo);
+      hi[j] = lane(r.hi);
+    }
+  }
+  // The lane of an absolute row, those before the first and past the last as one.
+  FASTPE_INLINE S lane(int64_t row) const { return S(row < I0 - 1 ? -1 : row > I0 + kBM ? kBM : row - I0); }
 
   // Lanes whose absolute row lies in r, l: first lane of the vector.
   FASTPE_INLINE Mask<S> in_rows(pos::Range r, int64_t l) const {
-    const int64_t lo = r.lo - I0 - l, hi = r.hi - I0 - l;
-    const V idx = V::iota();
-    return (idx >= V(S(lo < -1 ? -1 : lo > kBM ? kBM : lo))) & (idx < V(S(hi < -1 ? -1 : hi > kBM ? kBM : hi)));
+    const V at = V::iota() + V(S(l));
+    return (at >= V(lane(r.lo))) & (at < V(lane(r.hi)));
   }
   // f(lane) for every lane of the vector that is a row.
   template <class Fn>
@@ -360,7 +372,11 @@ struct TileMask {
   // Lanes that see key j (index in the tile); l: first lane of the vector.
   FASTPE_INLINE Mask<S> lanes(int64_t j, int64_t l) const {
     Mask<S> m{I{} - 1};
-    if (by_index) m = m & in_rows(pos::rows_of_key(band, j0 + j), l);
+    if (by_index) {
+      const V at = V::iota() + V(S(l));
+      m = (at >= V(lo[j])) & (at < V(hi[j]));
+    }
+    if (!by_more()) return m;
     if (k_ids) {
       const int32_t id = k_ids[j0 + j];
       if (id < 0) return Mask<S>{I{}};
@@ -566,7 +582,8 @@ struct Call {
     m.I0 = I0;
     m.j0 = j0;
     m.rows = rows;
-    m.by_index = !pos::tile_full(band, I0, I0 + rows, j0 + js, r.hi);
+    m.by_index = false;
+    if (!pos::tile_full(band, I0, I0 + rows, j0 + js, r.hi)) m.cut_by_index(js, je);
     m.k_ids = nullptr;
     m.dense = nullptr;
     m.split = je;
