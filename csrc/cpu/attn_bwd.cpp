@@ -474,7 +474,7 @@ struct Backward {
         for (int64_t r = 0; r < rows; ++r) load_turned(w.rows + r * p.D, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
         pack_transposed<E>(qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
         for (int64_t r = 0; E::kPack == 1 && r < rows; ++r)
-          for (int64_t d = 0; d < p.D; ++d) w.rows[r * p.D + d] *= w.scale->rho[r];
+          scale_row(w.rows + r * p.D, w.scale->rho[r], p.D);
         pack_block_rows(w.qr + part * qr_step(), dp, w.rows, p.D, rows, lanes);
       } else {
         pack_queries<E>(qt, p, turn, b, h, i0, rows, lanes, w.rows, w.tmp);
@@ -534,6 +534,12 @@ struct Backward {
     stats->block_k = kBN<E>;
   }
 
+  static void scale_row(S* row, S factor, int64_t n) {
+    int64_t d = 0;
+    for (; d + L <= n; d += L) (V::load(row + d) * V(factor)).store(row + d);
+    for (; d < n; ++d) row[d] *= factor;
+  }
+
   // Every region's part of dQ is turned back by its own angles.
   void store_dq(BwdScratch<E>& w, Touched touched, int64_t b, int64_t h, int64_t i0, int64_t rows) const {
     S* sum = regions > 1 ? w.sum : w.rows;
@@ -544,6 +550,7 @@ struct Backward {
       S* dq = w.dq + x * p.D * kBM;
       for (int64_t d = 0; E::kPack == 1 && d < p.D; ++d)
         for (int64_t l = 0; l < rows; l += L) (V::load(dq + d * kBM + l) * V::load(w.scale->rho + l)).store(dq + d * kBM + l);
+      if (regions == 1 && E::kPack == 1 && p.dtype == kOwnType<E> && !turn.cos) return transpose(static_cast<S*>(a.dq.p) + b * a.dq.sb + h * a.dq.sh + i0 * a.dq.sn, a.dq.sn, dq, kBM, p.D, rows);
       transpose(w.rows, p.D, dq, kBM, p.D, rows);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * p.D;

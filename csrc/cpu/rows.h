@@ -179,7 +179,7 @@ FASTPE_INLINE void sum_each(Vec<S>* v) {
 template <class E>
 FASTPE_INLINE void pack_row(typename E::U* __restrict a, const typename E::S* __restrict x, int64_t n) {
   if constexpr (E::kPack == 1) {
-    std::memcpy(a, x, size_t(n) * sizeof(*a));
+    copy_row(a, x, n);
   } else {
     uint16_t* p = reinterpret_cast<uint16_t*>(a);
     int64_t i = 0;
@@ -289,7 +289,7 @@ FASTPE_INLINE void pack_rows(typename E::U* __restrict b, int64_t ldb, const typ
   const int64_t np = (n + L - 1) / L * L;
   if constexpr (E::kPack == 1) {
     for (int64_t r = 0; r < R; ++r) {
-      std::memcpy(b + r * ldb, x + r * ldx, size_t(n) * sizeof(*b));
+      copy_row(b + r * ldb, x + r * ldx, n);
       for (int64_t d = n; d < np; ++d) b[r * ldb + d] = 0;
     }
   } else {
