@@ -298,6 +298,13 @@ struct TileStats {
   int64_t hidden = 0;        // tiles without a visible pair, never touched
   int64_t decayed = 0;       // tiles skipped under the bound skip_eps
   int64_t block_q = 0, block_k = 0;
+
+  // Adds the tiles that a task met; tasks may add at the same time.
+  void add(int64_t visited_, int64_t hidden_, int64_t decayed_) {
+    __atomic_fetch_add(&visited, visited_, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&hidden, hidden_, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&decayed, decayed_, __ATOMIC_RELAXED);
+  }
 };
 
 }  // namespace fastpe

@@ -114,8 +114,8 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
   constexpr int L = V::kLanes;
   // dS = P (dP rho - delta rho): the scale costs nothing in a multiply-add.
   const bool scaled = E::kPack == 2 && !to.keep;
-  const auto group = [&](auto count, int64_t l0) {
-    constexpr int G = decltype(count)::value;
+  for_lanes<S, kNV / 2>(lanes, [&](auto vectors, int64_t l0) {
+    constexpr int G = decltype(vectors)::value;
     ScoreAt<K, Phi, S> at[G];
     V dv[G], rho[G];
     for (int g = 0; g < G; ++g) {
@@ -141,7 +141,7 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
       }
     };
     if constexpr (E::kPack == 1) {
-      const auto keys = [&](auto count, int64_t j) {
+      for_keys<G>(js, je, [&](auto count, int64_t j) {
         constexpr int J = decltype(count)::value;
         V pv[J * G], d[J * G];
         pairs(count, j, pv, d);
@@ -150,11 +150,7 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
           pv[y].store(s + (j + y / G) * kPitch<S> + l0 + y % G * L);
           d[y].store(ds + (j + y / G) * kPitch<S> + l0 + y % G * L);
         }
-        return j + J;
-      };
-      int64_t j = js;
-      while (j + kKeysAtOnce<G> <= je) j = keys(std::integral_constant<int, kKeysAtOnce<G>>{}, j);
-      while (j < je) j = keys(std::integral_constant<int, 1>{}, j);
+      });
     } else {
 #if defined(__AVX512BF16__)
       const auto by_key = [](uint16_t* y, __m512i both, bool two) {
@@ -192,10 +188,7 @@ FASTPE_INLINE void grad_pass(const TileBias<typename E::S>& t, const TileMask<ty
       }
 #endif
     }
-  };
-  int64_t l = 0;
-  for (; l + kNV / 2 * L <= lanes; l += kNV / 2 * L) group(std::integral_constant<int, kNV / 2>{}, l);
-  for (; l < lanes; l += L) group(std::integral_constant<int, 1>{}, l);
+  });
 }
 
 template <class E>
@@ -527,9 +520,7 @@ struct Backward {
     if (g_gamma) for (int64_t r = 0; r < rows; ++r) g_gamma[row0 + r] = w.dgamma[r];
     if (g_rho) for (int64_t r = 0; r < rows; ++r) g_rho[row0 + r] = w.drho[r];
     if (!stats) return;
-    __atomic_fetch_add(&stats->visited, x.visited, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&stats->hidden, call.nk_tiles - x.visited - x.decayed, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&stats->decayed, x.decayed, __ATOMIC_RELAXED);
+    stats->add(x.visited, call.nk_tiles - x.visited - x.decayed, x.decayed);
     stats->block_q = kBM;
     stats->block_k = kBN<E>;
   }
@@ -550,7 +541,7 @@ struct Backward {
       S* dq = w.dq + x * p.D * kBM;
       for (int64_t d = 0; E::kPack == 1 && d < p.D; ++d)
         for (int64_t l = 0; l < rows; l += L) (V::load(dq + d * kBM + l) * V::load(w.scale->rho + l)).store(dq + d * kBM + l);
-      if (regions == 1 && E::kPack == 1 && p.dtype == kOwnType<E> && !turn.cos) return transpose(static_cast<S*>(a.dq.p) + b * a.dq.sb + h * a.dq.sh + i0 * a.dq.sn, a.dq.sn, dq, kBM, p.D, rows);
+      if (regions == 1 && !turn.cos && store_columns<E>(a.dq, p.dtype, b, h, i0, dq, p.D, rows)) return;
       transpose(w.rows, p.D, dq, kBM, p.D, rows);
       for (int64_t r = 0; r < rows; ++r) {
         S* row = w.rows + r * p.D;
@@ -677,7 +668,7 @@ struct Backward {
   // dK and dQ of keys [js, je), js at a whole unit, which all belong to region x as far as dS is not 0.
   void by_region(const KVPack<E>& kv, int64_t t, int64_t j0, int x, const S* ds, BwdScratch<E>& w, int64_t js, int64_t jm, int64_t je, int64_t lanes, S* dk_acc, Touched& touched) const {
     constexpr int64_t P = kPitch<S>;
-    if (dk_acc) by_key(dk_acc + ((copies > 1 ? x : 0) * p.Nk + j0) * dp, dp, E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa, w.qr + x * qr_step(), js, jm, je, lanes, want_q && E::kPack != 1 ? kv.next(kv.keys(p, x, t)) : Upcoming());
+    if (dk_acc) by_key(dk_acc + ((copies > 1 ? x : 0) * p.Nk + j0) * dp, dp, E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa, w.qr + x * qr_step(), js, jm, je, lanes, want_q && E::kPack != 1 ? kv.next_summed(kv.keys(p, x, t)) : Upcoming());
     if (!want_q) return;
     const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsb;
     const int64_t ldb = E::kPack == 1 ? P : kBM;
@@ -829,7 +820,7 @@ struct Backward {
   void position_grads(BwdScratch<E>& w, BiasGrad<S>& bg, const S* ds, int64_t c0, int64_t c1, int64_t lanes, int64_t j0) const {
     alignas(64) S key[kChunk * L];
     for (int64_t x = 0; x < kChunk * L; ++x) key[x] = 0;
-    const auto group = [&](auto count, int64_t l0) {
+    for_lanes<S, 4>(lanes, [&](auto count, int64_t l0) {
       constexpr int G = decltype(count)::value;
       V gm[G], du[G];
       for (int g = 0; g < G; ++g) gm[g] = V::load(w.block->gm + l0 + g * L), du[g] = V(S(0));
@@ -845,10 +836,7 @@ struct Backward {
       }
       if (want_u)
         for (int g = 0; g < G; ++g) (V::load(w.du + l0 + g * L) + du[g]).store(w.du + l0 + g * L);
-    };
-    int64_t l = 0;
-    for (; l + 4 * L <= lanes; l += 4 * L) group(std::integral_constant<int, 4>{}, l);
-    for (; l < lanes; l += L) group(std::integral_constant<int, 1>{}, l);
+    });
     if (bg.w) add_sums(bg.w + j0 + c0, V(S(-1)), key, c1 - c0);
   }
 

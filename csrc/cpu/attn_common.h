@@ -25,8 +25,24 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.6931471805599453094;
 
 template <class S> constexpr S kInf = S(__builtin_inf());
-// Keys whose powers are formed side by side where a key has G vectors of queries: four vectors.
-template <int G> constexpr int kKeysAtOnce = G < 4 ? 4 / G : 1;
+
+// f(count as a constant, first lane) over a block's vectors, N at a time as long as there are so many, then one by one.
+template <class S, int N, class Fn>
+FASTPE_INLINE void for_lanes(int64_t lanes, Fn&& f) {
+  constexpr int L = Vec<S>::kLanes;
+  int64_t l = 0;
+  for (; l + N * L <= lanes; l += N * L) f(std::integral_constant<int, N>{}, l);
+  for (; l < lanes; l += L) f(std::integral_constant<int, 1>{}, l);
+}
+// f(count as a constant, first key) over keys with G vectors of queries each, so many at a time that four vectors of powers are
+// formed side by side.
+template <int G, class Fn>
+FASTPE_INLINE void for_keys(int64_t js, int64_t je, Fn&& f) {
+  constexpr int J = G < 4 ? 4 / G : 1;
+  int64_t j = js;
+  for (; j + J <= je; j += J) f(std::integral_constant<int, J>{}, j);
+  for (; j < je; ++j) f(std::integral_constant<int, 1>{}, j);
+}
 
 // ---- tables over the distance ------------------------------------------------------------------------------------
 // A table form is expanded once per head to one number per offset t = I - j (clamps applied, log2 e folded in), with
@@ -744,6 +760,15 @@ FASTPE_INLINE const typename E::U* operand_rows(const View& x, int64_t b, int64_
   return reinterpret_cast<const typename E::U*>(static_cast<const char*>(x.p) + (b * x.sb + h * x.sh) * size);
 }
 
+// Rows [n, n + rows) of y from x[channel][row], straight where y holds the scalars of x; false, and nothing, elsewhere.
+template <class E>
+FASTPE_INLINE bool store_columns(const View& y, DType type, int64_t b, int64_t h, int64_t n, const typename E::S* x, int64_t channels, int64_t rows) {
+  using S = typename E::S;
+  if (E::kPack != 1 || type != kOwnType<E>) return false;
+  transpose(static_cast<S*>(y.p) + b * y.sb + h * y.sh + n * y.sn, y.sn, x, kBM, channels, rows);
+  return true;
+}
+
 // Queries [i0, i0 + rows) of head h turned, as a B operand qt[unit][query] with zeros up to `lanes`. scalars and units: room for
 // all rows in either form.
 template <class E>
@@ -767,13 +792,18 @@ FASTPE_INLINE void pack_queries(typename E::U* qt, const AttnParams& p, const Ro
   }
 }
 
-// Keys and values of one head, or more of it, that do not stay in a processor's own cache.
-constexpr int64_t kFarBytes = 256 << 10;
+// What a product that comes before may ask for; nothing unless a head's keys and values do not stay in a processor's own cache.
+struct FromAfar {
+  bool far = false;
+  void measure(int64_t bytes) { far = bytes >= int64_t(256) << 10; }
+  template <class T>
+  Upcoming next(const T* from, int64_t n) const { return far && from ? Upcoming(from, n * int64_t(sizeof(T))) : Upcoming(); }
+};
 
 // Operand forms of keys and values of one (batch, kv head). Rows serve scores and dP; keys on the summed axis (At of gemm.h)
 // serve O and dQ: where a unit is one scalar those are the rows again, else pairs of rows tile by tile.
 template <class E>
-struct KVPack {
+struct KVPack : FromAfar {
   using U = typename E::U;
   using S = typename E::S;
   static constexpr int64_t kUnits = kBN<E> / E::kPack;
@@ -781,7 +811,6 @@ struct KVPack {
   U *k_own = nullptr, *v_own = nullptr;          // room for them, unless they serve in place
   U *k_pairs = nullptr, *v_pairs = nullptr;      // (copies, tiles, kUnits, padded D), (tiles, kUnits, padded Dv)
   S* k_norm = nullptr;                           // (tiles) upper bound of |k_j| over the tile
-  bool far = false;                              // keys and values do not stay in a processor's own cache
 
   static int64_t pad(int64_t n) { return tiles::round_up(n, Vec<S>::kLanes); }
   // Rotated copies of the keys: one a region, unless all turn keys alike or the key alone decides.
@@ -801,12 +830,12 @@ struct KVPack {
     else return {v_pairs + t * kUnits * pad(p.Dv), pad(p.Dv)};
   }
 
-  // What a product that comes before may ask for, nothing unless it is far: tile t of the rows of keys and values, a tile on the
-  // summed axis, the tile at j0 of a sum over keys (or null).
+  // What a product may ask for: tile t of the rows of keys and values, a tile on the summed axis, the tile at j0 of a sum over keys
+  // (or null).
   Upcoming next_keys(const AttnParams& p, int64_t t) const { return t < 0 ? Upcoming() : next_rows(rows_of(p, 0), p.D, t); }
   Upcoming next_values(const AttnParams& p, int64_t t) const { return next_rows(v_rows, p.Dv, t); }
-  Upcoming next(Summed x) const { return far ? Upcoming(x.at, kUnits * x.ld * int64_t(sizeof(U))) : Upcoming(); }
-  Upcoming next_sum(const S* acc, int64_t j0, int64_t ld) const { return far && acc ? Upcoming(acc + j0 * ld, kBN<E> * ld * int64_t(sizeof(S))) : Upcoming(); }
+  Upcoming next_summed(Summed x) const { return next(x.at, kUnits * x.ld); }
+  Upcoming next_sum(const S* acc, int64_t j0, int64_t ld) const { return acc ? next(acc + j0 * ld, kBN<E> * ld) : Upcoming(); }
 
   void carve(Carver& c, const AttnParams& p, int64_t nt, bool rows_v, bool keys_summed, bool values_summed) {
     constexpr bool same = E::kPack == 1;
@@ -815,7 +844,7 @@ struct KVPack {
     if (!same && keys_summed) k_pairs = c.take<U>(copies(p) * nt * kUnits * pad(p.D));
     if (!same && values_summed) v_pairs = c.take<U>(nt * kUnits * pad(p.Dv));
     k_norm = c.take<S>(nt);
-    far = p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack >= kFarBytes;
+    measure(p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack);
   }
 
   // Packs tile t; rows: scratch of BN x max(D, Dv) scalars and a vector.
@@ -874,7 +903,7 @@ struct KVPack {
  private:
   Upcoming next_rows(const U* rows, int64_t channels, int64_t t) const {
     const int64_t units = kBN<E> * (channels / E::kPack);
-    return far ? Upcoming(rows + t * units, units * int64_t(sizeof(U))) : Upcoming();
+    return next(rows + t * units, units);
   }
   // Tile [j0, j0 + n) of rows that hold bf16 pairs already: copies and zips them without a way through float32.
   template <class Fn>

@@ -103,7 +103,7 @@ FASTPE_INLINE void prob_pass(const TileBias<typename E::S>& t, const typename E:
     else return at[g](t, j, l0 + g * L, x);
   };
   if constexpr (E::kPack == 1) {
-    const auto keys = [&](auto count, int64_t j) {
+    for_keys<G>(js, je, [&](auto count, int64_t j) {
       constexpr int J = decltype(count)::value;
       V x[J * G];
 #pragma GCC unroll 8
@@ -114,11 +114,7 @@ FASTPE_INLINE void prob_pass(const TileBias<typename E::S>& t, const typename E:
         sum[y % G] = sum[y % G] + x[y];
         x[y].store(s + (j + y / G) * kBM + l0 + y % G * L);
       }
-      return j + J;
-    };
-    int64_t j = js;
-    while (j + kKeysAtOnce<G> <= je) j = keys(std::integral_constant<int, kKeysAtOnce<G>>{}, j);
-    while (j < je) j = keys(std::integral_constant<int, 1>{}, j);
+    });
   } else {
 #if defined(__AVX512BF16__)
     for (int64_t j = js; j < je; j += 2)
@@ -131,15 +127,6 @@ FASTPE_INLINE void prob_pass(const TileBias<typename E::S>& t, const typename E:
 #endif
   }
   for (int g = 0; g < G; ++g) (V::load(l + l0 + g * L) + sum[g]).store(l + l0 + g * L);
-}
-
-// Calls f(G as a constant, first lane) over the block's vectors.
-template <class S, class Fn>
-FASTPE_INLINE void for_lanes(int64_t lanes, Fn&& f) {
-  constexpr int L = Vec<S>::kLanes;
-  int64_t l = 0;
-  for (; l + kNV * L <= lanes; l += kNV * L) f(std::integral_constant<int, kNV>{}, l);
-  for (; l < lanes; l += L) f(std::integral_constant<int, 1>{}, l);
 }
 
 template <class E>
@@ -240,9 +227,7 @@ struct Forward {
     walk_tiles(call, x.qb, [&](int64_t t) { visit(kv, t, x, terms, skip); });
     finish(x.b, x.h, x.i0, x.rows, x.lanes, x.empty, x.w);
     if (!stats) return;
-    __atomic_fetch_add(&stats->visited, x.visited, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&stats->hidden, call.nk_tiles - x.visited - x.decayed, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&stats->decayed, x.decayed, __ATOMIC_RELAXED);
+    stats->add(x.visited, call.nk_tiles - x.visited - x.decayed, x.decayed);
     stats->block_q = kBM;
     stats->block_k = kBN<E>;
   }
@@ -307,7 +292,7 @@ struct Forward {
   void tile(const KVPack<E>& kv, int64_t t, int64_t j0, int64_t js, int64_t je, const TileBias<S>& tb, const TileMask<S>& mask, const Terms<E>& terms, FwdScratch<E>& w, int64_t lanes, bool first, bool exact) const {
     constexpr int64_t half = kBM / 2;
     const int64_t jm = lanes > half ? mask.split : je;
-    tile_scores(p, kv, w.qt, q_step(), mask, js, jm, je, lanes, w.s, kBM, w.other, kv.next(kv.values(p, t)));
+    tile_scores(p, kv, w.qt, q_step(), mask, js, jm, je, lanes, w.s, kBM, w.other, kv.next_summed(kv.values(p, t)));
     const S* c = w.scale->c;
     alignas(64) S ones[kBM];
     if (w.terms) {
@@ -323,10 +308,10 @@ struct Forward {
       constexpr Kind K = decltype(kind)::value;
       using Phi = decltype(phi);
       if (!exact && !masked) {
-        for_lanes<S>(lanes, [&](auto g, int64_t l) { prob_pass<E, K, Phi, false, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, w.m, w.l); });
+        for_lanes<S, kNV>(lanes, [&](auto g, int64_t l) { prob_pass<E, K, Phi, false, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, w.m, w.l); });
         return;
       }
-      for_lanes<S>(lanes, [&](auto g, int64_t l) {
+      for_lanes<S, kNV>(lanes, [&](auto g, int64_t l) {
         if (masked) score_pass<E, K, Phi, true, decltype(g)::value>(tb, mask, c, w.s, js, je, l, mx);
         else score_pass<E, K, Phi, false, decltype(g)::value>(tb, mask, c, w.s, js, je, l, mx);
       });
@@ -348,7 +333,7 @@ struct Forward {
       // A row that has seen nothing yet has m = -inf; its masked scores must give exp2(-inf), not NaN.
       alignas(64) S m_safe[kBM];
       for (int64_t l = 0; l < lanes; ++l) m_safe[l] = w.m[l] == -kInf<S> ? S(0) : w.m[l];
-      for_lanes<S>(lanes, [&](auto g, int64_t l) {
+      for_lanes<S, kNV>(lanes, [&](auto g, int64_t l) {
         prob_pass<E, K, Phi, true, decltype(g)::value>(tb, c, w.s, w.pt, js, je, l, m_safe, w.l);
       });
     });
@@ -385,10 +370,7 @@ struct Forward {
         const V x = empty ? V(S(0)) : V::load(w.o + d * kBM + l) * V::load(inv + l);
         x.store(w.o + d * kBM + l);
       }
-    if (E::kPack == 1 && p.dtype == kOwnType<E> && !p.residual.p) {
-      transpose(static_cast<S*>(p.o.p) + b * p.o.sb + h * p.o.sh + i0 * p.o.sn, p.o.sn, w.o, kBM, p.Dv, rows);
-      return;
-    }
+    if (!p.residual.p && store_columns<E>(p.o, p.dtype, b, h, i0, w.o, p.Dv, rows)) return;
     transpose(w.rows, p.Dv, w.o, kBM, p.Dv, rows);
     for (int64_t r = 0; r < rows; ++r) {
       S* row = w.rows + r * p.Dv;

@@ -245,8 +245,7 @@ struct CopeBackward {
     }
     finish(b, h, i0, rows, lanes, first, w, sums, dz_done);
     if (stats) {
-      __atomic_fetch_add(&stats->visited, found, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->hidden, c.call.nk_tiles - found, __ATOMIC_RELAXED);
+      stats->add(found, c.call.nk_tiles - found, 0);
       stats->block_q = kBM;
       stats->block_k = kBN<E>;
     }

@@ -134,8 +134,7 @@ struct CopeForward {
     });
     plain.finish(b, h, i0, rows, lanes, empty, f);
     if (stats) {
-      __atomic_fetch_add(&stats->visited, visited, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->hidden, c.call.nk_tiles - visited, __ATOMIC_RELAXED);
+      stats->add(visited, c.call.nk_tiles - visited, 0);
       stats->block_q = kBM;
       stats->block_k = kBN<E>;
     }
@@ -208,7 +207,7 @@ struct CopeForward {
     const KVPack<E>& kv = c.packs[pack];
     constexpr int64_t half = kBM / 2;
     const int64_t j0 = t * kBN<E>, jm = lanes > half ? mask.split : je;
-    c.products(kv.k_rows, p.D / E::kPack, f.qt, f.s, j0, js, jm, je, lanes, kv.next(kv.values(p, t)));
+    c.products(kv.k_rows, p.D / E::kPack, f.qt, f.s, j0, js, jm, je, lanes, kv.next_summed(kv.values(p, t)));
     alignas(64) S mx[kBM], alpha[kBM], m_safe[kBM];
     if (saturated) {
       with_bool(mask.partial(), [&](auto tested) {
@@ -219,10 +218,7 @@ struct CopeForward {
       if (c.table) c.fill_z(w.z, w.q, lanes, z_done, w.count->largest() + S(je - js));
       with_bool(tests_elements(mask, c.table, je), [&](auto tested) {
         with_bool(c.table, [&](auto table) {
-          constexpr int G = 2;
-          int64_t l = 0;
-          for (; l + G * L <= lanes; l += G * L) scan<decltype(table)::value, decltype(tested)::value, G>(mask, w, js, je, l, mx);
-          for (; l < lanes; l += L) scan<decltype(table)::value, decltype(tested)::value, 1>(mask, w, js, je, l, mx);
+          for_lanes<S, 2>(lanes, [&](auto g, int64_t l) { scan<decltype(table)::value, decltype(tested)::value, decltype(g)::value>(mask, w, js, je, l, mx); });
         });
       });
     }
@@ -243,7 +239,7 @@ struct CopeForward {
     // A row that has seen nothing yet has m = -inf; its hidden scores must give exp2(-inf), not NaN.
     for (int64_t l = 0; l < lanes; ++l) m_safe[l] = f.m[l] == -kInf<S> ? S(0) : f.m[l];
     const TileBias<S>& none = *f.bias;
-    for_lanes<S>(lanes, [&](auto g, int64_t l) {
+    for_lanes<S, kNV>(lanes, [&](auto g, int64_t l) {
       prob_pass<E, Kind::none, pos::Phi<BiasForm::signed_>, true, decltype(g)::value>(none, alpha, f.s, f.pt, js, je, l, m_safe, f.l);
     });
     const U* pb = E::kPack == 1 ? reinterpret_cast<const U*>(f.s) : f.pt;

@@ -430,8 +430,7 @@ struct Decode {
     leave(task, started, w);
     if (stats) {
       const int64_t heads = d.list_by_head ? 1 : group;
-      __atomic_fetch_add(&stats->visited, visited * heads, __ATOMIC_RELAXED);
-      __atomic_fetch_add(&stats->hidden, hidden * heads, __ATOMIC_RELAXED);
+      stats->add(visited * heads, hidden * heads, 0);
       stats->block_q = d.list ? 1 : p.Nq;
       stats->block_k = kKeys;
     }

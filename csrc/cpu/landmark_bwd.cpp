@@ -264,10 +264,7 @@ struct LandmarkBackward {
       const LandmarkBlock k = at.block(x, y, c.seen(b));
       const auto go = [&](auto mixed, auto is_calm) {
         constexpr bool M = decltype(mixed)::value, C = decltype(is_calm)::value;
-        constexpr int G = kNV / 2;
-        int64_t l = 0;
-        for (; l + G * L <= lanes; l += G * L) share<M, C, G>(k, w, l);
-        for (; l < lanes; l += L) share<M, C, 1>(k, w, l);
+        for_lanes<S, kNV / 2>(lanes, [&](auto g, int64_t l) { share<M, C, decltype(g)::value>(k, w, l); });
       };
       if (at.mixed) calm ? go(std::true_type{}, std::true_type{}) : go(std::true_type{}, std::false_type{});
       else calm ? go(std::false_type{}, std::true_type{}) : go(std::false_type{}, std::false_type{});

@@ -48,7 +48,7 @@ struct LandmarkPlan {
 
 // Keys and values of one (batch, kv head). Hidden keys are zeros, and so are the values of landmarks.
 template <class E>
-struct LandmarkPack {
+struct LandmarkPack : FromAfar {
   using U = typename E::U;
   using S = typename E::S;
   U* k_rows = nullptr;  // A: (Nk, D/kPack)
@@ -56,11 +56,6 @@ struct LandmarkPack {
   U* k_cols = nullptr;  // A: tile by tile (D, units of the tile)
   U* v_cols = nullptr;
   S* k_norm = nullptr;  // (tiles) upper bound of |k_j|
-  bool far = false;     // as in KVPack
-
-  // What a product that comes before may ask for: n numbers or operand units.
-  template <class T>
-  Upcoming next(const T* from, int64_t n) const { return far ? Upcoming(from, n * int64_t(sizeof(T))) : Upcoming(); }
 };
 
 template <class E>
@@ -120,7 +115,7 @@ struct LandmarkCall {
       k.v_cols = m.take<U>(max_units * p.Dv);
     }
     k.k_norm = m.take<S>(max_tiles);
-    k.far = p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack >= kFarBytes;
+    k.measure(p.Nk * (p.D + p.Dv) * int64_t(sizeof(U)) / E::kPack);
   }
 
   void pack(int64_t w, int64_t b, int64_t hk, int64_t t, S* rows, U* tmp) const {

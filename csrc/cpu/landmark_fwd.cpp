@@ -277,10 +277,7 @@ struct LandmarkForward {
       const auto go = [&](auto mixed, auto is_calm) {
         // Half a row of vectors at a time near the diagonal, where the first lanes see fewer keys.
         constexpr bool M = decltype(mixed)::value, C = decltype(is_calm)::value;
-        constexpr int G = M ? kNV / 2 : kNV;
-        int64_t l = 0;
-        for (; l + G * L <= lanes; l += G * L) share<M, C, G>(k, f, ref, l);
-        for (; l < lanes; l += L) share<M, C, 1>(k, f, ref, l);
+        for_lanes<S, M ? kNV / 2 : kNV>(lanes, [&](auto g, int64_t l) { share<M, C, decltype(g)::value>(k, f, ref, l); });
       };
       if (at.mixed) calm ? go(std::true_type{}, std::true_type{}) : go(std::true_type{}, std::false_type{});
       else calm ? go(std::false_type{}, std::true_type{}) : go(std::false_type{}, std::false_type{});

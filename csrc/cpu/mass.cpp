@@ -123,7 +123,7 @@ struct Mass {
         constexpr Kind K = decltype(kind)::value;
         using Phi = decltype(phi);
         S* sums_at = own ? own + j0 : nullptr;
-        for_lanes<S>(lanes, [&](auto g, int64_t l) {
+        for_lanes<S, kNV>(lanes, [&](auto g, int64_t l) {
           if (masked) shares<K, Phi, true, decltype(g)::value>(tb, mask, c, w, js, je, l, sums_at);
           else shares<K, Phi, false, decltype(g)::value>(tb, mask, c, w, js, je, l, sums_at);
         });
