@@ -929,8 +929,8 @@ struct KVPack : FromAfar {
 
 // acc[channel][query] (+)= sum of a[key][channel] b[key][query] over keys [js, je), js and jm at whole units; keys from jm on
 // leave out the first half of the lanes. a and b begin at the tile's first key.
-template <class E>
-FASTPE_INLINE void sum_keys(typename KVPack<E>::Summed a, const typename E::U* b, int64_t ldb, typename E::S* acc, int64_t channels, int64_t js, int64_t jm, int64_t je, int64_t lanes, bool clear, const Upcoming& next = {}) {
+template <class E, class Ld>
+FASTPE_INLINE void sum_keys(typename KVPack<E>::Summed a, const typename E::U* b, Ld ldb, typename E::S* acc, int64_t channels, int64_t js, int64_t jm, int64_t je, int64_t lanes, bool clear, const Upcoming& next = {}) {
   constexpr int64_t half = kBM / 2;
   const int64_t u0 = js / E::kPack, um = jm / E::kPack, u1 = tiles::ceil_div(je, E::kPack), u_end = jm < je ? um : u1;
   if (clear) gemm<E, false, true>(a.at + u0 * a.ld, a.ld, b + u0 * ldb, ldb, acc, kBM, channels, lanes, u_end - u0, next);
