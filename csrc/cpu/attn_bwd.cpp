@@ -11,6 +11,7 @@
 //   dV += P dO, dK += dS Q, dQ^T += K^T dS       products
 // delta_i = <dO_i, O_i> - dlse_i (chunked.md M3).
 #include "attn_terms.h"
+#include "bwd_common.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
 namespace {
@@ -41,7 +42,8 @@ struct BwdScratch {
   StripScratch<E> strips;
   S *rows, *s, *ds, *cap, *raw, *dq, *terms, *aux;
   S *other, *sum;  // with regions: scores of a second region, or dS of one region; rows of dQ
-  U *tmp, *qt, *dot, *qr, *dor, *pa, *dsa, *dsb;
+  U *tmp, *qt, *dot, *qr, *dor_room, *pa, *dsa, *dsb;
+  const U* dor = nullptr;  // rows of dO: where they lie, or in the room
   TileBias<S>* bias;
   BlockBias<S>* block;
   BlockScale<S>* scale;
@@ -53,7 +55,7 @@ struct BwdScratch {
 
   void carve(Carver& c, const AttnParams& p, bool keep_raw) {
     const int64_t dmax = p.D > p.Dv ? p.D : p.Dv;
-    rows = c.take<S>((kBM > kBN<E> ? kBM : kBN<E>) * dmax + 64);
+    rows = c.take<S>(((kBM > kBN<E> ? kBM : kBN<E>) + 1) * dmax + 64);
     tmp = E::kPack == 1 ? nullptr : c.take<U>((kBM > kBN<E> ? kBM : kBN<E>) * tiles::round_up(dmax, 16));
     s = c.take<S>(kBN<E> * kPitch<S>);
     ds = c.take<S>(kBN<E> * kPitch<S>);
@@ -77,7 +79,7 @@ struct BwdScratch {
     qt = c.take<U>(regions * (p.D / E::kPack * kBM));
     dot = c.take<U>(p.Dv / E::kPack * kBM);
     qr = c.take<U>(regions * (kBM / E::kPack * pad(p.D)));
-    dor = c.take<U>(kBM / E::kPack * pad(p.Dv));
+    dor_room = c.take<U>(kBM / E::kPack * pad(p.Dv));
     block = c.take<BlockBias<S>>(1);
     scale = c.take<BlockScale<S>>(1);
     lse = c.take<S>(kBM);
@@ -341,7 +343,7 @@ struct Backward {
         }
         for (int64_t j = 0; g_col_k && j < p.Nk; ++j) {
           S* y = static_cast<S*>(a.dcol_k) + ((b * p.H + h) * p.Nk + j) * d;
-          sum_splits(y, g_col_k + strip_row(w, x, 0) * key_places() + j * dps, key_places(), d);
+          sum_splits(y, g_col_k + strip_row(w, x, 0) * key_places() + j * dps, splits, key_places(), d);
         }
       }
   }
@@ -428,30 +430,8 @@ struct Backward {
     const int64_t lanes = x.lanes = tiles::round_up(rows, L);
     const bool may_skip = skip > -1e300;
 
-    // delta and dO
-    const int64_t row0 = (b * p.H + h) * p.Nq + i0;
-    const S* lse = static_cast<const S*>(p.lse) + row0;
-    const S* dlse = a.dlse ? static_cast<const S*>(a.dlse) + row0 : nullptr;
-    S* out = w.ds;  // one row of O; ds is cleared again by the products that fill it
-    for (int64_t r = 0; r < rows; ++r) {
-      S* row = w.rows + r * p.Dv;
-      load_row(row, a.d_o, p.dtype, b, h, i0 + r, p.Dv);
-      load_row(out, p.o, p.dtype, b, h, i0 + r, p.Dv);
-      S d = dot(row, out, p.Dv);
-      if (p.residual.p) {
-        load_row(out, p.residual, p.dtype, b, h, i0 + r, p.Dv);
-        d += dot(row, out, p.Dv);
-      }
-      w.delta[r] = d - (dlse && lse[r] > -kInf<S> ? dlse[r] : S(0));
-      // P = exp2(x - lse) must be 0 in rows that see nothing and in lanes past the last row.
-      w.lse[r] = lse[r] == -kInf<S> ? kInf<S> : lse[r] * S(kLog2e);
-      w.slack[r] = S(skip);
-    }
-    for (int64_t r = rows; r < lanes; ++r) w.delta[r] = 0, w.lse[r] = kInf<S>, w.slack[r] = kInf<S>;
-    for (int64_t d = 0; d < p.Dv; ++d) out[d] = 0;
-    pack_transposed<E>(w.dot, kBM, w.rows, p.Dv, rows, lanes, p.Dv, w.tmp);
-    if (want_v) pack_block_rows(w.dor, dvp, w.rows, p.Dv, rows, lanes);
-
+    w.dor = load_upstream<E>(a, p, b, h, i0, rows, lanes, w.lse, w.delta, w.dot, want_v ? w.dor_room : nullptr, dvp, w.rows, w.tmp);
+    for (int64_t r = 0; r < lanes; ++r) w.slack[r] = r < rows ? S(skip) : kInf<S>;
     const S* rho = at<S>(p.row_scale, b, h);
     for (int64_t r = 0; r < lanes; ++r) {
       w.scale->rho[r] = r < rows ? S(p.scale) * (rho ? rho[(i0 + r) * p.row_scale.sn] : S(1)) : S(0);
@@ -463,15 +443,15 @@ struct Backward {
       if (!reaches(call, part, I0, lanes)) continue;
       const Rope turn = region_rope<S>(p.q_rope, part);
       U* qt = w.qt + part * qt_step();
-      if (want_k) {
+      const bool here = E::kPack == 1 && p.dtype == kOwnType<E> && !turn.cos;
+      if (want_k && !here) {
         for (int64_t r = 0; r < rows; ++r) load_turned(w.rows + r * p.D, p.q, p.dtype, p.D, turn, p.rope_pairs, p.rope_layout, b, h, i0 + r);
         pack_transposed<E>(qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
-        for (int64_t r = 0; E::kPack == 1 && r < rows; ++r)
-          scale_row(w.rows + r * p.D, w.scale->rho[r], p.D);
-        pack_block_rows(w.qr + part * qr_step(), dp, w.rows, p.D, rows, lanes);
       } else {
         pack_queries<E>(qt, p, turn, b, h, i0, rows, lanes, w.rows, w.tmp);
       }
+      const S* q = here ? static_cast<const S*>(p.q.p) + b * p.q.sb + h * p.q.sh + i0 * p.q.sn : w.rows;
+      if (want_k) pack_block_rows<E>(w.qr + part * qr_step(), dp, q, here ? p.q.sn : p.D, p.D, rows, lanes, E::kPack == 1 ? w.scale->rho : nullptr);
       if (!measured) w.scale->template measure<E>(qt, p.D / E::kPack, lanes);
       measured = true;
     }
@@ -525,12 +505,6 @@ struct Backward {
     stats->block_k = kBN<E>;
   }
 
-  static void scale_row(S* row, S factor, int64_t n) {
-    int64_t d = 0;
-    for (; d + L <= n; d += L) (V::load(row + d) * V(factor)).store(row + d);
-    for (; d < n; ++d) row[d] *= factor;
-  }
-
   // Every region's part of dQ is turned back by its own angles.
   void store_dq(BwdScratch<E>& w, Touched touched, int64_t b, int64_t h, int64_t i0, int64_t rows) const {
     S* sum = regions > 1 ? w.sum : w.rows;
@@ -551,14 +525,6 @@ struct Backward {
       }
     }
     for (int64_t r = 0; r < rows; ++r) store_row(sum + r * p.D, a.dq, p.dtype, b, h, i0 + r, p.D);
-  }
-
-  // Rows of the block as a B operand with the row on the k axis; rows up to the last whole lane group are zero.
-  void pack_block_rows(U* dst, int64_t ld, const S* x, int64_t n, int64_t rows, int64_t lanes) const {
-    pack_rows<E>(dst, ld, x, n, rows, n);
-    const int64_t from = tiles::ceil_div(rows, E::kPack), to = tiles::ceil_div(lanes, E::kPack);
-    for (int64_t r = from; r < to; ++r)
-      for (int64_t d = 0; d < ld; ++d) dst[r * ld + d] = 0;
   }
 
   // A gradient that weighs dS by a distance-like factor loses up to that factor more than the probability does: log2
@@ -942,29 +908,22 @@ struct Backward {
 
   void store_task(int64_t task, int worker) {
     const int64_t w = task / call.nk_tiles, t = task % call.nk_tiles, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
+    const int64_t j0 = t * kBN<E>, j1 = j0 + kBN<E> < p.Nk ? j0 + kBN<E> : p.Nk;
     S* row = scratch(worker).rows;
-    for (int64_t j = t * kBN<E>; j < p.Nk && j < (t + 1) * kBN<E>; ++j) {
-      if (needs(need_k)) {
-        for (int x = copies - 1; x >= 0; --x) {
-          S* part = x ? row + p.D : row;
-          sum_splits(part, dk + (w * splits * copies + x) * p.Nk * dp + j * dp, copies * p.Nk * dp, p.D);
-          turn_back(part, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, b, hk, j);
-          S* total = row + 2 * p.D;
-          for (int64_t d = 0; copies > 1 && d < p.D; ++d) total[d] = part[d] + (x == copies - 1 ? S(0) : total[d]);
-        }
-        if (copies > 1) std::memcpy(row, row + 2 * p.D, size_t(p.D) * sizeof(S));
-        store_row(row, a.dk, p.dtype, b, hk, j, p.D);
+    if (needs(need_v)) store_sums<E>(a.dv, p, dv + w * splits * p.Nk * dvp, splits, dvp, p.Dv, no_turn, b, hk, j0, j1, row);
+    if (!needs(need_k)) return;
+    const S* sums = dk + w * splits * copies * p.Nk * dp;
+    if (copies == 1) return store_sums<E>(a.dk, p, sums, splits, dp, p.D, [&](int64_t j) { return key_rope<S>(p, 0, j); }, b, hk, j0, j1, row);
+    // Every region's part is turned back by its own angles.
+    S* part = row + p.D;
+    for (int64_t j = j0; j < j1; ++j) {
+      for (int x = copies - 1; x >= 0; --x) {
+        sum_splits(part, sums + x * p.Nk * dp + j * dp, splits, copies * p.Nk * dp, p.D);
+        turn_back(part, key_rope<S>(p, x, j), p.rope_pairs, p.rope_layout, b, hk, j);
+        for (int64_t d = 0; d < p.D; ++d) row[d] = part[d] + (x == copies - 1 ? S(0) : row[d]);
       }
-      if (needs(need_v)) {
-        sum_splits(row, dv + w * splits * p.Nk * dvp + j * dvp, p.Nk * dvp, p.Dv);
-        store_row(row, a.dv, p.dtype, b, hk, j, p.Dv);
-      }
+      store_row(row, a.dk, p.dtype, b, hk, j, p.D);
     }
-  }
-  void sum_splits(S* __restrict row, const S* __restrict src, int64_t step, int64_t n) const {
-    for (int64_t d = 0; d < n; ++d) row[d] = src[d];
-    for (int64_t s = 1; s < splits; ++s)
-      for (int64_t d = 0; d < n; ++d) row[d] += src[s * step + d];
   }
 
   // Adds private sums into the gradients' broadcast shapes, in index order.

@@ -11,6 +11,7 @@
 //   dV += P dO, dK += dS Q, dQ^T += K^T dS               products
 // and per block dQ += dZ table^T, dtable += Q^T dZ. Along a row p falls by at most 1 per key, so dZ at the two entries
 // in use sits in registers and is written once, when p leaves them: no read-modify-write on the table's gradient.
+#include "bwd_common.h"
 #include "cope_common.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
@@ -32,7 +33,8 @@ struct CopeBackward {
 
   struct Scratch {
     S *rows, *s, *ds, *gates, *at, *g, *dq, *dgq, *q, *q_t, *z, *dz, *last, *lse, *delta, *ids, *before;
-    U *tmp, *qt, *dot, *qr, *dor, *gate_qt, *gate_qr, *pa, *dsa, *dsb, *gsa, *gsb;
+    U *tmp, *qt, *dot, *qr, *dor_room, *gate_qt, *gate_qr, *pa, *dsa, *dsb, *gsa, *gsb;
+    const U* dor = nullptr;  // rows of dO: where they lie, or in the room
     Count64<S>* count;
     Open* open;
     int64_t* order;
@@ -43,7 +45,7 @@ struct CopeBackward {
       constexpr int64_t tile = kBN<E> * kBM, units = tile / E::kPack;
       int64_t most = p.D > p.Dv ? p.D : p.Dv;
       if (c.own_gates && c.c.G > most) most = c.c.G;
-      rows = m.take<S>(kBM * pad(most) + 64);
+      rows = m.take<S>((kBM + 1) * pad(most) + 64);
       tmp = E::kPack == 1 ? nullptr : m.take<U>(kBM * tiles::round_up(most, 16));
       s = m.take<S>(tile);
       ds = m.take<S>(tile);
@@ -57,7 +59,7 @@ struct CopeBackward {
       q_t = E::kPack == 1 ? reinterpret_cast<S*>(qt) : c.table ? m.take<S>(p.D * kBM) : nullptr;
       dot = m.take<U>(p.Dv / E::kPack * kBM);
       qr = m.take<U>(kBM / E::kPack * pad(p.D));
-      dor = m.take<U>(kBM / E::kPack * pad(p.Dv));
+      dor_room = m.take<U>(kBM / E::kPack * pad(p.Dv));
       gate_qt = c.own_gates ? m.take<U>(c.c.G / E::kPack * kBM) : nullptr;
       gate_qr = c.own_gates ? m.take<U>(kBM / E::kPack * pad(c.c.G)) : nullptr;
       const bool packed = E::kPack == 2;
@@ -176,36 +178,10 @@ struct CopeBackward {
       for (int64_t qb = split; qb < c.call.nq_blocks; qb += splits) block(w, bk / p.Hk, bk % p.Hk * group + x, qb, sc, sums);
   }
 
-  // Rows as a B operand with the row on the k axis; the rows of the last lane group that do not exist are zero.
-  void pack_block_rows(U* dst, int64_t ld, const S* x, int64_t n, int64_t rows, int64_t lanes) const {
-    pack_rows<E>(dst, ld, x, n, rows, n);
-    for (int64_t r = tiles::ceil_div(rows, E::kPack); r < tiles::ceil_div(lanes, E::kPack); ++r)
-      for (int64_t d = 0; d < ld; ++d) dst[r * ld + d] = 0;
-  }
-
   void block(int64_t pack, int64_t b, int64_t h, int64_t qb, Scratch& w, const Sums& sums) {
     const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM;
     const int64_t lanes = tiles::round_up(rows, L);
-    const int64_t row0 = (b * p.H + h) * p.Nq + i0;
-    const S* lse = static_cast<const S*>(p.lse) + row0;
-    const S* dlse = a.dlse ? static_cast<const S*>(a.dlse) + row0 : nullptr;
-    S* out = w.ds;  // one row of O; the products overwrite it
-    for (int64_t r = 0; r < rows; ++r) {
-      S* row = w.rows + r * p.Dv;
-      load_row(row, a.d_o, p.dtype, b, h, i0 + r, p.Dv);
-      load_row(out, p.o, p.dtype, b, h, i0 + r, p.Dv);
-      S d = dot(row, out, p.Dv);
-      if (p.residual.p) {
-        load_row(out, p.residual, p.dtype, b, h, i0 + r, p.Dv);
-        d += dot(row, out, p.Dv);
-      }
-      w.delta[r] = d - (dlse && lse[r] > -kInf<S> ? dlse[r] : S(0));
-      // P = exp2(x - lse) must be 0 in rows that see nothing and in lanes past the last row.
-      w.lse[r] = lse[r] == -kInf<S> ? kInf<S> : lse[r] * S(kLog2e);
-    }
-    for (int64_t r = rows; r < lanes; ++r) w.delta[r] = 0, w.lse[r] = kInf<S>;
-    pack_transposed<E>(w.dot, kBM, w.rows, p.Dv, rows, lanes, p.Dv, w.tmp);
-    if (want_v) pack_block_rows(w.dor, dvp, w.rows, p.Dv, rows, lanes);
+    w.dor = load_upstream<E>(a, p, b, h, i0, rows, lanes, w.lse, w.delta, w.dot, want_v ? w.dor_room : nullptr, dvp, w.rows, w.tmp);
 
     for (int64_t r = 0; r < kBM; ++r) {
       S* row = w.q + r * p.D;
@@ -218,13 +194,13 @@ struct CopeBackward {
     pack_transposed<E>(w.qt, kBM, w.q, p.D, rows, lanes, p.D, w.tmp);
     // pack_rows reads whole vectors past the last row's channels.
     std::memcpy(w.rows, w.q, size_t(rows * p.D) * sizeof(S));
-    if (want_k) pack_block_rows(w.qr, dp, w.rows, p.D, rows, lanes);
+    if (want_k) pack_block_rows<E>(w.qr, dp, w.rows, p.D, p.D, rows, lanes);
     if (E::kPack == 2 && c.table) transpose(w.q_t, kBM, w.q, p.D, lanes, p.D);
     if (c.own_gates) {
       if (c.c.gate_q.p)
         for (int64_t r = 0; r < rows; ++r) load_row(w.rows + r * c.c.G, c.c.gate_q, p.dtype, b, h, i0 + r, c.c.G);
       pack_transposed<E>(w.gate_qt, kBM, w.rows, c.c.G, rows, lanes, c.c.G, w.tmp);
-      if (want_gate_k) pack_block_rows(w.gate_qr, gp, w.rows, c.c.G, rows, lanes);
+      if (want_gate_k) pack_block_rows<E>(w.gate_qr, gp, w.rows, c.c.G, c.c.G, rows, lanes);
     }
     if (p.vis.q_ids) c.call.load_q_ids(b, i0, rows, w.ids);
 
@@ -514,28 +490,14 @@ struct CopeBackward {
 
   void store_task(int64_t task, int worker) {
     const int64_t w = task / c.call.nk_tiles, t = task % c.call.nk_tiles, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
+    const int64_t j0 = t * kBN<E>, j1 = j0 + kBN<E> < p.Nk ? j0 + kBN<E> : p.Nk;
     S* row = scratch(worker).rows;
-    const auto sum = [&](const S* src, int64_t j, int64_t ld, int64_t n) {
-      src += w * splits * p.Nk * ld + j * ld;
-      for (int64_t d = 0; d < n; ++d) row[d] = src[d];
-      for (int64_t s = 1; s < splits; ++s)
-        for (int64_t d = 0; d < n; ++d) row[d] += src[s * p.Nk * ld + d];
+    const auto store = [&](const View& y, const S* sums, int64_t ld, int64_t n, const auto& turn) {
+      store_sums<E>(y, p, sums + w * splits * p.Nk * ld, splits, ld, n, turn, b, hk, j0, j1, row);
     };
-    for (int64_t j = t * kBN<E>; j < p.Nk && j < (t + 1) * kBN<E>; ++j) {
-      if (want_k) {
-        sum(dk, j, dp, p.D);
-        turn_back(row, p.k_rope, p.rope_pairs, p.rope_layout, b, hk, j);
-        store_row(row, a.dk, p.dtype, b, hk, j, p.D);
-      }
-      if (want_v) {
-        sum(dv, j, dvp, p.Dv);
-        store_row(row, a.dv, p.dtype, b, hk, j, p.Dv);
-      }
-      if (want_gate_k) {
-        sum(dgk, j, gp, c.c.G);
-        store_row(row, a.dgate_k, p.dtype, b, hk, j, c.c.G);
-      }
-    }
+    if (want_k) store(a.dk, dk, dp, p.D, [&](int64_t) { return p.k_rope; });
+    if (want_v) store(a.dv, dv, dvp, p.Dv, no_turn);
+    if (want_gate_k) store(a.dgate_k, dgk, gp, c.c.G, no_turn);
   }
 };
 

@@ -6,6 +6,7 @@
 //   dS of the landmark = a (g - delta)                 a: its share in the outer softmax
 //   dV += P dO, dK += dS Q, dQ^T += K^T dS             products
 // Only the outer lse is saved; the inner sums are formed again from the scores of the tile.
+#include "bwd_common.h"
 #include "landmark_common.h"
 
 namespace fastpe::cpu::FASTPE_ISA {
@@ -20,11 +21,12 @@ struct LandmarkBackward {
 
   struct Scratch {
     S *rows, *s, *ds, *dq, *c, *lse, *delta;
-    U *tmp, *qt, *dot, *qr, *dor, *pa, *dsa, *dsb;
+    U *tmp, *qt, *dot, *qr, *dor_room, *pa, *dsa, *dsb;
+    const U* dor = nullptr;  // rows of dO: where they lie, or in the room
     void carve(Carver& m, const LandmarkCall<E>& c_) {
       const AttnParams& p = c_.p;
       const int64_t n = c_.scratch_rows(), even = tiles::round_up(c_.longest, 2);
-      rows = m.take<S>(n * c_.widest() + 64);
+      rows = m.take<S>((n + 1) * c_.widest() + 64);
       tmp = E::kPack == 1 ? nullptr : m.take<U>(n * tiles::round_up(c_.widest(), 16));
       s = m.take<S>(even * kBM);
       ds = m.take<S>(even * kBM);
@@ -32,7 +34,7 @@ struct LandmarkBackward {
       qt = m.take<U>(p.D / E::kPack * kBM);
       dot = m.take<U>(p.Dv / E::kPack * kBM);
       qr = m.take<U>(kBM / E::kPack * tiles::round_up(p.D, L));
-      dor = m.take<U>(kBM / E::kPack * tiles::round_up(p.Dv, L));
+      dor_room = m.take<U>(kBM / E::kPack * tiles::round_up(p.Dv, L));
       pa = dsa = dsb = nullptr;
       if (E::kPack == 2) {
         pa = m.take<U>(even * kBM / E::kPack);
@@ -98,7 +100,7 @@ struct LandmarkBackward {
 
   void split_task(int64_t task, int worker) {
     const int64_t w = task / splits, split = task % splits, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
-    const Scratch sc = scratch(worker);
+    Scratch sc = scratch(worker);
     S* dk_acc = want_k ? dk + task * p.Nk * dp : nullptr;
     S* dv_acc = want_v ? dv + task * p.Nk * dvp : nullptr;
     if (dk_acc) std::memset(dk_acc, 0, size_t(p.Nk * dp) * sizeof(S));
@@ -107,24 +109,11 @@ struct LandmarkBackward {
       for (int64_t qb = split; qb < c.nq_blocks; qb += splits) block(c.packs[w], b, hk * c.group + x, qb, sc, dk_acc, dv_acc);
   }
 
-  void block(const LandmarkPack<E>& kv, int64_t b, int64_t h, int64_t qb, const Scratch& w, S* dk_acc, S* dv_acc) const {
+  void block(const LandmarkPack<E>& kv, int64_t b, int64_t h, int64_t qb, Scratch& w, S* dk_acc, S* dv_acc) const {
     const LandmarkPlan& x = c.plan(b);
     const int64_t i0 = qb * kBM, rows = p.Nq - i0 < kBM ? p.Nq - i0 : kBM, I0 = i0 + c.offset;
-    const int64_t lanes = tiles::round_up(rows, L), row0 = (b * p.H + h) * p.Nq + i0;
-    const S* lse = static_cast<const S*>(p.lse) + row0;
-    const S* dlse = a.dlse ? static_cast<const S*>(a.dlse) + row0 : nullptr;
-    S* out = w.dq;  // one row of O
-    for (int64_t r = 0; r < rows; ++r) {
-      S* row = w.rows + r * p.Dv;
-      load_row(row, a.d_o, p.dtype, b, h, i0 + r, p.Dv);
-      load_row(out, p.o, p.dtype, b, h, i0 + r, p.Dv);
-      w.delta[r] = dot(row, out, p.Dv) - (dlse && lse[r] > -kInf<S> ? dlse[r] : S(0));
-      // P must be 0 in rows that see nothing and in lanes past the last row.
-      w.lse[r] = lse[r] == -kInf<S> ? kInf<S> : lse[r] * S(kLog2e);
-    }
-    for (int64_t r = rows; r < lanes; ++r) w.delta[r] = 0, w.lse[r] = kInf<S>;
-    pack_transposed<E>(w.dot, kBM, w.rows, p.Dv, rows, lanes, p.Dv, w.tmp);
-    if (want_v) pack_block_rows(w.dor, dvp, w.rows, p.Dv, rows, lanes);
+    const int64_t lanes = tiles::round_up(rows, L);
+    w.dor = load_upstream<E>(a, p, b, h, i0, rows, lanes, w.lse, w.delta, w.dot, want_v ? w.dor_room : nullptr, dvp, w.rows, w.tmp);
     S largest = 0;
     for (int64_t r = 0; r < rows; ++r) {
       S* row = w.rows + r * p.D;
@@ -135,7 +124,7 @@ struct LandmarkBackward {
     }
     for (int64_t r = rows; r < lanes; ++r) w.c[r] = 0;
     pack_transposed<E>(w.qt, kBM, w.rows, p.D, rows, lanes, p.D, w.tmp);
-    if (want_k) pack_block_rows(w.qr, dp, w.rows, p.D, rows, lanes);
+    if (want_k) pack_block_rows<E>(w.qr, dp, w.rows, p.D, p.D, rows, lanes);
 
     S k_norm = 0;
     int64_t last = 0;
@@ -150,13 +139,6 @@ struct LandmarkBackward {
       turn_back(row, p.q_rope, p.rope_pairs, p.rope_layout, b, h, i0 + r);
       store_row(row, a.dq, p.dtype, b, h, i0 + r, p.D);
     }
-  }
-
-  // Rows of the block as a B operand with the row on the k axis; rows up to the last whole lane group are zero.
-  void pack_block_rows(U* dst, int64_t ld, const S* x, int64_t n, int64_t rows, int64_t lanes) const {
-    pack_rows<E>(dst, ld, x, n, rows, n);
-    for (int64_t r = tiles::ceil_div(rows, E::kPack); r < tiles::ceil_div(lanes, E::kPack); ++r)
-      for (int64_t d = 0; d < ld; ++d) dst[r * ld + d] = 0;
   }
 
   // P and dS of one block for G vectors of queries from lane l0 on.
@@ -293,23 +275,10 @@ struct LandmarkBackward {
   int64_t store_blocks() const { return tiles::ceil_div(p.Nk, kBM); }
   void store_task(int64_t task, int worker) {
     const int64_t w = task / store_blocks(), t = task % store_blocks(), bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
+    const int64_t j0 = t * kBM, j1 = j0 + kBM < p.Nk ? j0 + kBM : p.Nk;
     S* row = scratch(worker).rows;
-    for (int64_t j = t * kBM; j < p.Nk && j < (t + 1) * kBM; ++j) {
-      if (want_k) {
-        sum_splits(row, dk + w * splits * p.Nk * dp + j * dp, p.Nk * dp, p.D);
-        turn_back(row, p.k_rope, p.rope_pairs, p.rope_layout, b, hk, j);
-        store_row(row, a.dk, p.dtype, b, hk, j, p.D);
-      }
-      if (want_v) {
-        sum_splits(row, dv + w * splits * p.Nk * dvp + j * dvp, p.Nk * dvp, p.Dv);
-        store_row(row, a.dv, p.dtype, b, hk, j, p.Dv);
-      }
-    }
-  }
-  void sum_splits(S* __restrict row, const S* __restrict src, int64_t step, int64_t n) const {
-    for (int64_t d = 0; d < n; ++d) row[d] = src[d];
-    for (int64_t s = 1; s < splits; ++s)
-      for (int64_t d = 0; d < n; ++d) row[d] += src[s * step + d];
+    if (want_k) store_sums<E>(a.dk, p, dk + w * splits * p.Nk * dp, splits, dp, p.D, [&](int64_t) { return p.k_rope; }, b, hk, j0, j1, row);
+    if (want_v) store_sums<E>(a.dv, p, dv + w * splits * p.Nk * dvp, splits, dvp, p.Dv, no_turn, b, hk, j0, j1, row);
   }
 };
 
