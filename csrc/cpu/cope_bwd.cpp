@@ -167,11 +167,12 @@ struct CopeBackward {
   };
 
   void split_task(int64_t task, int worker) {
-    const int64_t w = task / splits, split = task % splits, bk = head0 + w;
+    // Splits with later blocks see more keys under a causal mask: they go first, so that the last tasks to finish are short.
+    const int64_t w = task / splits, split = splits - 1 - task % splits, slot = w * splits + split, bk = head0 + w;
     Scratch sc = scratch(worker);
     const auto mine = [&](S* base, int64_t n) {
-      if (base) std::memset(base + task * n, 0, size_t(n) * sizeof(S));
-      return base ? base + task * n : nullptr;
+      if (base) std::memset(base + slot * n, 0, size_t(n) * sizeof(S));
+      return base ? base + slot * n : nullptr;
     };
     const Sums sums{mine(dk, p.Nk * dp), mine(dv, p.Nk * dvp), mine(dgk, p.Nk * gp), mine(dtable, p.D * c.ldz)};
     for (int64_t x = 0; x < group; ++x)

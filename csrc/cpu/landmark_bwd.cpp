@@ -99,10 +99,11 @@ struct LandmarkBackward {
   }
 
   void split_task(int64_t task, int worker) {
-    const int64_t w = task / splits, split = task % splits, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
+    // Splits with later blocks see more keys under a causal mask: they go first, so that the last tasks to finish are short.
+    const int64_t w = task / splits, split = splits - 1 - task % splits, slot = w * splits + split, bk = head0 + w, b = bk / p.Hk, hk = bk % p.Hk;
     Scratch sc = scratch(worker);
-    S* dk_acc = want_k ? dk + task * p.Nk * dp : nullptr;
-    S* dv_acc = want_v ? dv + task * p.Nk * dvp : nullptr;
+    S* dk_acc = want_k ? dk + slot * p.Nk * dp : nullptr;
+    S* dv_acc = want_v ? dv + slot * p.Nk * dvp : nullptr;
     if (dk_acc) std::memset(dk_acc, 0, size_t(p.Nk * dp) * sizeof(S));
     if (dv_acc) std::memset(dv_acc, 0, size_t(p.Nk * dvp) * sizeof(S));
     for (int64_t x = 0; x < c.group; ++x)
