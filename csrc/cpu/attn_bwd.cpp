@@ -638,7 +638,7 @@ struct Backward {
     if (dk_acc) by_key(dk_acc + ((copies > 1 ? x : 0) * p.Nk + j0) * dp, dp, E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsa, w.qr + x * qr_step(), js, jm, je, lanes, want_q && E::kPack != 1 ? kv.next_summed(kv.keys(p, x, t)) : Upcoming());
     if (!want_q) return;
     const U* dsb = E::kPack == 1 ? reinterpret_cast<const U*>(ds) : w.dsb;
-    constexpr std::integral_constant<int64_t, E::kPack == 1 ? P : kBM> ldb;
+    constexpr std::integral_constant<int64_t, E::kPack == 1 ? P : kBM> ldb{};
     // The split is at a whole unit (Call::classify); a range cut by a region may end inside one.
     sum_keys<E>(kv.keys(p, x, t), dsb, ldb, w.dq + x * p.D * kBM, p.D, js, jm, je, lanes, !(touched >> x & 1), kv.next_keys(p, t - 1));
     touched |= Touched(1) << x;

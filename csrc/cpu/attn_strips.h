@@ -16,7 +16,7 @@ namespace fastpe::cpu::FASTPE_ISA {
 namespace {
 
 // Queries of a block, and the pitch of most tiles: a constant by its type too, for gemm.
-constexpr std::integral_constant<int64_t, tiles::kBlockQ> kBM;
+constexpr std::integral_constant<int64_t, tiles::kBlockQ> kBM{};
 
 template <class S> constexpr int64_t padded(int64_t d) { return (d + Vec<S>::kLanes - 1) / Vec<S>::kLanes * Vec<S>::kLanes; }
 
