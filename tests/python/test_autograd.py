@@ -103,3 +103,30 @@ def test_bitwise_repeatable(case, dtype, isa):
                 assert torch.equal(a, b), f"run {run} with {1 + run % 3} threads"
     finally:
         torch.set_num_threads(threads)
+
+
+ATTENTIONS = {
+    "attention": lambda q, k, v: fastpe.attention(q, k, v, is_causal=True),
+    "cope": lambda q, k, v: fastpe.attention(q, k, v, is_causal=True, bias=fastpe.bias.Cope(torch.full((q.shape[-1], 8), 0.1))),
+    "landmark": lambda q, k, v: fastpe.landmark_attention(q, k, v, (torch.arange(q.shape[2]) % 13 == 12)[None]),
+}
+
+
+@pytest.mark.parametrize("channels", [64, 24])  # whole vectors on every instruction set, and not
+@pytest.mark.parametrize("call", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_layout_of_the_upstream_gradient(call, channels):
+    """Contiguous rows are read where they lie, others are copied: the gradients are the same bits."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 130, channels, generator=g).requires_grad_() for _ in range(3))
+    upstream = torch.randn(1, 2, 130, channels, generator=g)
+    wide = torch.zeros(1, 2, 130, channels + 8)
+    wide[..., :channels] = upstream
+    same = (upstream.transpose(1, 2).contiguous().transpose(1, 2), wide[..., :channels])
+    row = upstream[:, :, :1]
+
+    def gradients(d_out):
+        return torch.autograd.grad(call(q, k, v), (q, k, v), d_out)
+
+    for layout in same:
+        assert all(torch.equal(a, b) for a, b in zip(gradients(upstream), gradients(layout)))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(row.expand_as(upstream)), gradients(row.repeat(1, 1, 130, 1))))
